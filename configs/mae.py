@@ -1,0 +1,69 @@
+"""MAE pre-training (He et al., 2022): the recipe of the official code, section by section."""
+
+import ml_collections
+
+VARIANTS = ("vit_b16", "vit_l16", "vit_h14", "tiny")
+"""The paper's three sizes on ImageNet-1K, and one for a laptop on the embedded images."""
+
+
+def get_config(variant: str = "vit_b16") -> ml_collections.ConfigDict:
+    """The config of one of `VARIANTS`."""
+    config = ml_collections.ConfigDict(
+        dict(
+            method="mae",
+            model=dict(
+                # "base", "large" or "huge"; width, depth and heads override it where they are > 0.
+                size="base",
+                width=0,
+                depth=0,
+                heads=0,
+                mlp_ratio=4.0,
+                patch_size=(16, 16),
+                decoder_width=512,
+                decoder_depth=8,
+                decoder_heads=16,
+                mask_ratio=0.75,
+                normalize_target=True,
+                # Compile one block and loop over it; saves compile time for deep models.
+                scan=False,
+                # "none", "dots" or "full": what the backward pass computes again to save memory.
+                remat="none",
+                # Implementation of jax.nn.dot_product_attention: "", "xla" or "cudnn".
+                attention="",
+            ),
+            data=dict(source="tfds:imagenet2012", image_size=(224, 224), workers=8),
+            batch_size=4096,
+            epochs=800.0,
+            optimizer=dict(base_lr=1.5e-4, b1=0.9, b2=0.95, weight_decay=0.05),
+            schedule=dict(warmup_epochs=40.0),
+            log=dict(pictures_every_steps=5000),
+            evaluate=dict(test_split="validation"),
+        )
+    )
+    if variant == "vit_l16":
+        config.model.size = "large"
+    elif variant == "vit_h14":
+        config.model.size = "huge"
+        config.model.patch_size = (14, 14)
+    elif variant == "tiny":
+        config.model.update(
+            dict(size="", width=96, depth=4, heads=4, patch_size=(4, 4)),
+            decoder_width=48,
+            decoder_depth=1,
+            decoder_heads=4,
+        )
+        config.data = dict(
+            source="embedded",
+            image_size=(28, 28),
+            channels=1,
+            mean=(0.2861,),
+            std=(0.3530,),
+        )
+        config.batch_size = 256
+        config.epochs = 20.0
+        config.optimizer.base_lr = 2e-3
+        config.schedule.warmup_epochs = 2.0
+        config.log = dict(every_steps=20, pictures_every_steps=100)
+        config.checkpoint = dict(every_steps=100)
+        config.evaluate = dict(protocols=("knn", "linear"), crop_ratio=1.0)
+    return config

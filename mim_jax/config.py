@@ -1,0 +1,291 @@
+"""Loads a config by file or name, fills defaults and checks every field.
+
+A config file has one function, `get_config(variant) -> ConfigDict`, and lists only what its
+method changes. Everything else comes from `defaults`, which is the list of all fields.
+"""
+
+import difflib
+import importlib.util
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+PACKAGE = Path(__file__).resolve().parent
+CONFIG_FOLDERS = (PACKAGE / "configs", PACKAGE.parent / "configs")
+"""Where named configs live: inside an installed wheel, or beside the package in a checkout."""
+
+FREE_FIELDS = ("model", "optimizer.groups", "sharding.rules")
+"""Parts whose fields belong to the method or the user, so that `defaults` cannot list them."""
+
+
+def defaults() -> ml_collections.ConfigDict:
+    """All fields with their default values."""
+    return ml_collections.ConfigDict(
+        dict(
+            method="",
+            # Read by the method's `build`; each config file lists its method's fields.
+            model=dict(),
+            seed=0,
+            # Type of matrix products; "auto" is bfloat16 on accelerators and float32 on CPU.
+            compute_dtype="auto",
+            # Examples per optimizer step, over all devices and micro-batches.
+            batch_size=256,
+            # Micro-batches per optimizer step: more of them need less memory.
+            accumulate=1,
+            epochs=100.0,
+            # Total steps; 0 derives them from `epochs`.
+            steps=0,
+            # Consecutive non-finite steps (each is skipped) after which the run stops.
+            max_nonfinite=10,
+            # Weights to start from: an official .pth or .safetensors file, or a run of ours.
+            init_from="",
+            data=dict(
+                # "embedded", "fashion_mnist", "tfds:NAME", "folder:PATH" or a path.
+                source="embedded",
+                split="train",
+                image_size=(224, 224),
+                channels=3,
+                # Mean and standard deviation of each channel, for values in [0, 1].
+                mean=(0.485, 0.456, 0.406),
+                std=(0.229, 0.224, 0.225),
+                # Random resized crop: share of the area, aspect ratio.
+                crop_area=(0.2, 1.0),
+                crop_aspect=(3 / 4, 4 / 3),
+                flip=True,
+                # "opencv", "pillow" or "auto" (OpenCV if it is installed).
+                backend="auto",
+                # Worker processes that decode and crop; 0 uses threads of this process.
+                workers=0,
+                # Largest share of unreadable images before the run stops.
+                max_unreadable=0.01,
+            ),
+            optimizer=dict(
+                # "adamw" or "lars".
+                name="adamw",
+                # Learning rate at batch size 256; the rate is base_lr * batch_size / 256.
+                base_lr=1.5e-4,
+                # Learning rate as it is; 0 derives it from base_lr.
+                lr=0.0,
+                b1=0.9,
+                b2=0.95,
+                eps=1e-8,
+                weight_decay=0.05,
+                # LARS only.
+                momentum=0.9,
+                trust_coefficient=1e-3,
+                # Largest global gradient norm; 0 turns clipping off.
+                clip_norm=0.0,
+                # Settings of this list for a group that the method declares, by its name.
+                groups=dict(),
+            ),
+            schedule=dict(warmup_epochs=40.0, min_lr=0.0),
+            # Devices along each axis; -1 takes what is left.
+            mesh=dict(data=-1, fsdp=1, tensor=1),
+            sharding=dict(
+                # "replicated", "fsdp" or "fsdp+tensor".
+                strategy="replicated",
+                # Rules (path pattern, spec) that come before the strategy's own.
+                rules=(),
+            ),
+            checkpoint=dict(
+                every_steps=1000,
+                # Newest checkpoints to keep, beside the best and the periodic ones.
+                keep=2,
+                # Keep a checkpoint for good every this many steps; 0 keeps none.
+                keep_every_steps=0,
+                # Metric of the evaluation whose best checkpoint is kept; "" keeps none.
+                best_metric="",
+                asynchronous=True,
+            ),
+            log=dict(
+                every_steps=50,
+                # Pictures at this interval and at the end; 0 turns them off.
+                pictures_every_steps=0,
+                tensorboard=True,
+                wandb=False,
+            ),
+            evaluate=dict(
+                # Evaluate at this interval; 0 evaluates at the end only.
+                every_epochs=0.0,
+                # Protocols at the end of training, see `mim-jax evaluate --help`; () for none.
+                protocols=(),
+                # Labelled data; "" takes data.source.
+                source="",
+                train_split="train",
+                test_split="test",
+                # "method" takes the paper's representation, "mean" the mean of the patch tokens.
+                pool="method",
+                # Share of the image kept by the evaluation crop.
+                crop_ratio=0.875,
+                batch_size=256,
+            ),
+        )
+    )
+
+
+def known_configs() -> list[str]:
+    """Names of the configs that come with the package."""
+    return sorted(
+        path.stem
+        for folder in CONFIG_FOLDERS
+        for path in folder.glob("*.py")
+        if not path.stem.startswith("_")
+    )
+
+
+def find(name: str) -> tuple[Path, str | None]:
+    """Path and variant of a config given as `mae`, `mae:tiny`, `file.py` or `file.py:tiny`.
+
+    Raises:
+        ValueError: if there is no such config; the message lists the known ones.
+    """
+    stem, _, variant = name.partition(":")
+    if stem.endswith(".py"):
+        path = Path(stem)
+        if not path.is_file():
+            raise ValueError(f"config file {stem} does not exist.")
+        return path, variant or None
+    for folder in CONFIG_FOLDERS:
+        path = folder / f"{stem}.py"
+        if path.is_file():
+            return path, variant or None
+    names = known_configs()
+    near = difflib.get_close_matches(stem, names, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(
+        f"unknown config {stem!r}; known are {', '.join(names)}, or give a path that ends in .py."
+        + hint
+    )
+
+
+def load(name: str, overrides: Mapping[str, Any] | None = None) -> ml_collections.ConfigDict:
+    """A complete, checked config.
+
+    Args:
+        name: see `find`.
+        overrides: values by dotted field name, such as `{"data.source": "folder:x"}`.
+
+    Raises:
+        ValueError: for an unknown config, variant or field, or a value of the wrong type.
+    """
+    path, variant = find(name)
+    spec = importlib.util.spec_from_file_location(f"mim_jax_config_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    known = list(module.VARIANTS)
+    if variant is None:
+        default = inspect.signature(module.get_config).parameters["variant"].default
+        given = module.get_config(default)
+    elif variant in known:
+        given = module.get_config(variant)
+    else:
+        near = difflib.get_close_matches(variant, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"config {path} has no variant {variant!r}; known are {known}.{hint}")
+    config = complete(given)
+    if overrides:
+        override(config, overrides)
+    return config
+
+
+def complete(given: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The defaults, changed by a config file's fields.
+
+    Raises:
+        ValueError: for a field that `defaults` does not have, or a value of the wrong type.
+    """
+    config = defaults()
+    for field in FREE_FIELDS:
+        parent, _, leaf = field.rpartition(".")
+        part = config[parent] if parent else config
+        source = given.get(parent, {}) if parent else given
+        if leaf in source:
+            part[leaf] = source[leaf]
+    override(config, _leaves(given))
+    return config.lock()
+
+
+def override(config: ml_collections.ConfigDict, values: Mapping[str, Any]) -> None:
+    """Sets fields by dotted name, in place.
+
+    Raises:
+        ValueError: for an unknown field, with the nearest known one, or a value of another type.
+    """
+    for field, value in values.items():
+        check_field(config, field)
+        parent, _, leaf = field.rpartition(".")
+        part = config[parent] if parent and "." not in parent else _descend(config, parent)
+        old = part[leaf]
+        if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if isinstance(old, tuple) and isinstance(value, list):
+            value = tuple(value)
+        if type(old) is not type(value):
+            raise ValueError(
+                f"config field {field!r} is {value!r} ({type(value).__name__}); expected "
+                f"{type(old).__name__}, such as {old!r}."
+            )
+        part[leaf] = value
+
+
+def check_field(config: ml_collections.ConfigDict, field: str) -> None:
+    """Raises `ValueError` with the nearest known field if a config lacks a dotted field."""
+    known = _leaves(config)
+    if field not in known:
+        near = difflib.get_close_matches(field, known, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else f" Known are: {', '.join(known)}."
+        raise ValueError(f"the config has no field {field!r}.{hint}")
+
+
+def _descend(config: ml_collections.ConfigDict, parent: str) -> ml_collections.ConfigDict:
+    for name in filter(None, parent.split(".")):
+        config = config[name]
+    return config
+
+
+def _leaves(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Values by dotted field name."""
+    leaves: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            leaves |= _leaves(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+    """The config as indented JSON, one field a line."""
+    return json.dumps(config.to_dict(), indent=2, default=list)
+
+
+def from_json(text: str) -> ml_collections.ConfigDict:
+    """A config that `to_json` wrote."""
+    return complete(_tuples(ml_collections.ConfigDict(json.loads(text))))
+
+
+def _tuples(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    for key, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            _tuples(value)
+        elif isinstance(value, list):
+            config[key] = tuple(value)
+    return config
+
+
+def resolve(config: ml_collections.ConfigDict, platform: str) -> ml_collections.ConfigDict:
+    """A copy in which values that depend on the machine are filled in.
+
+    Args:
+        config: a complete config.
+        platform: the JAX backend, such as "cpu", "gpu" or "tpu".
+    """
+    config = config.copy_and_resolve_references()
+    if config.compute_dtype == "auto":
+        config.compute_dtype = "float32" if platform == "cpu" else "bfloat16"
+    return config

@@ -1,0 +1,221 @@
+"""The contract that every pre-training method fulfils, and the registry of methods by name."""
+
+import abc
+import dataclasses
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import flax.struct
+import jax
+import ml_collections
+import numpy as np
+
+from mim_jax.layout import Layout
+
+Variables = Mapping[str, Any]
+"""Linen variables: `params` and any mutable collections (`batch_stats`, ...)."""
+
+Batch = Mapping[str, jax.Array]
+"""Arrays by name, each with the batch as its leading axis."""
+
+
+@flax.struct.dataclass
+class Aux:
+    """What a loss reports beside its value.
+
+    Attributes:
+        metrics: named float32 scalars, every loss term by the paper's name.
+        mutable: updated mutable collections, empty if the method has none.
+    """
+
+    metrics: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    mutable: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@flax.struct.dataclass
+class Features:
+    """What evaluation protocols read from an encoder: no masking, deterministic.
+
+    Attributes:
+        pooled: `[batch, width]`, the representation of the image that the paper evaluates.
+        tokens: `[batch, tokens, width]`, patch tokens in row-major order, without class token.
+        grid: patches along each axis of the image.
+    """
+
+    pooled: jax.Array
+    tokens: jax.Array
+    grid: tuple[int, ...] = flax.struct.field(pytree_node=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """A batch entry that a method needs: rank with the batch axis, and a NumPy kind.
+
+    Attributes:
+        shape: expected shape without the batch axis; None where any size will do.
+        dtype: "float" or "int"; uint8 images count as "float", since the train step makes them so.
+    """
+
+    shape: tuple[int | None, ...]
+    dtype: str = "float"
+
+
+@dataclasses.dataclass(frozen=True)
+class Ema:
+    """A part of the parameters that follows another as an exponential moving average.
+
+    After every update `target <- m * target + (1 - m) * source`; at the start target is a copy.
+
+    Attributes:
+        source: path prefix of the part that is trained.
+        target: path prefix of the part that follows; it gets no gradient.
+        momentum: m in [0, 1], or a function of the step.
+    """
+
+    source: str
+    target: str
+    momentum: float | Callable[[jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Parameters with an optimizer of their own, chosen by path; the first match wins.
+
+    Attributes:
+        name: the field of `config.optimizer.groups` that may change this group's settings.
+        pattern: regular expression searched in the parameter's path.
+        settings: fields of `config.optimizer` that differ for this group.
+    """
+
+    name: str
+    pattern: str
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Method(abc.ABC):
+    """A pre-training method: a frozen dataclass around one or more Linen modules.
+
+    Class attributes are declarations that the train loop reads; `init`, `loss` and `features` are
+    pure functions.
+
+    Attributes:
+        inputs: batch entries that the method needs.
+        streams: names of the random streams that `loss` gets.
+        frozen: path patterns of parameters with neither gradient nor optimizer state.
+        ema: parts that follow other parts.
+        groups: optimizer groups; parameters that match none are in the group "default".
+    """
+
+    streams: ClassVar[tuple[str, ...]] = ()
+    frozen: ClassVar[tuple[str, ...]] = ()
+    ema: ClassVar[tuple[Ema, ...]] = ()
+    groups: ClassVar[tuple[Group, ...]] = ()
+
+    @classmethod
+    @abc.abstractmethod
+    def build(cls, config: ml_collections.ConfigDict) -> "Method":
+        """The method that a config describes; the only place where the config is read."""
+
+    @property
+    @abc.abstractmethod
+    def inputs(self) -> Mapping[str, Input]:
+        """Batch entries that the method needs, by name."""
+
+    @abc.abstractmethod
+    def init(self, rng: jax.Array, batch: Batch) -> Variables:
+        """Initial variables; only shapes are read from the batch."""
+
+    @abc.abstractmethod
+    def loss(
+        self, variables: Variables, batch: Batch, rngs: Mapping[str, jax.Array], step: jax.Array
+    ) -> tuple[jax.Array, Aux]:
+        """The training objective: a float32 scalar, and what else to report."""
+
+    @abc.abstractmethod
+    def features(self, variables: Variables, batch: Batch) -> Features:
+        """The representation of every image, without masking or randomness."""
+
+    def pictures(
+        self, variables: Variables, batch: Batch, rngs: Mapping[str, jax.Array]
+    ) -> dict[str, list[jax.Array]]:
+        """Columns of a picture by name, in normalized image space; empty if there are none.
+
+        Each name stands for one picture; its columns are images `[batch, height, width,
+        channels]`, shown side by side, one row for each sample.
+        """
+        return {}
+
+    def layout(self) -> Layout | None:
+        """The table of the paper's official checkpoint, or None if there is none."""
+        return None
+
+    def check(self, batch: Mapping[str, Any]) -> None:
+        """Compares a batch with `inputs`, before anything is compiled.
+
+        Raises:
+            ValueError: naming the entry, what it is and what it should be.
+        """
+        for name, wanted in self.inputs.items():
+            if name not in batch:
+                raise ValueError(
+                    f"method {type(self).__name__} needs the batch entry {name!r}, but the data "
+                    f"gives only {sorted(batch)}."
+                )
+            given = batch[name]
+            kind = np.dtype(given.dtype).kind
+            is_number = kind in ("iu" if wanted.dtype == "int" else "fu")
+            if not is_number and str(given.dtype) != "bfloat16":
+                raise ValueError(
+                    f"batch entry {name!r} has type {given.dtype}; expected {wanted.dtype}."
+                )
+            shape = tuple(given.shape[1:])
+            fits = len(shape) == len(wanted.shape) and all(
+                want in (None, have) for have, want in zip(shape, wanted.shape)
+            )
+            if not fits:
+                text = ", ".join("any" if size is None else str(size) for size in wanted.shape)
+                raise ValueError(
+                    f"batch entry {name!r} has shape [batch, {', '.join(map(str, shape))}]; the "
+                    f"method expects [batch, {text}]. Set data.image_size and data.channels to "
+                    "what the data has."
+                )
+
+
+_REGISTRY: dict[str, type[Method]] = {}
+
+
+def register(name: str) -> Callable[[type[Method]], type[Method]]:
+    """Class decorator that makes a method known by name."""
+
+    def add(cls: type[Method]) -> type[Method]:
+        if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
+            raise ValueError(f"two methods are called {name!r}")
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def method_names() -> list[str]:
+    """Names of all methods in `mim_jax.methods`, sorted."""
+    package = importlib.import_module("mim_jax.methods")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"mim_jax.methods.{module.name}")
+    return sorted(_REGISTRY)
+
+
+def method_class(name: str) -> type[Method]:
+    """The class registered under a name.
+
+    Raises:
+        ValueError: if there is none; the message lists the known names.
+    """
+    names = [name] if name in _REGISTRY else method_names()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown method {name!r}; known are {', '.join(names)}.{hint}")
+    return _REGISTRY[name]

@@ -1,0 +1,213 @@
+"""MAE: Masked Autoencoders Are Scalable Vision Learners (He et al., CVPR 2022)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from mim_jax import layout, losses, masking, targets
+from mim_jax.method import Aux, Batch, Features, Input, Method, Variables, register
+from mim_jax.models.masked_decoder import MaskedDecoder
+from mim_jax.models.positions import sincos_positions
+from mim_jax.models.vit import ViT, vit_size
+
+
+class Reconstruction(NamedTuple):
+    """What one forward pass computes.
+
+    Attributes:
+        latent: `[batch, 1 + kept, width]`, normalized encoder output, class token first.
+        pred: `[batch, tokens, values]`, predicted patches.
+        masking: the choice of visible tokens.
+    """
+
+    latent: jax.Array
+    pred: jax.Array
+    masking: masking.Masking
+
+
+class MaskedAutoencoder(nn.Module):
+    """Encoder on visible patches, light decoder on all (section 3).
+
+    Attributes:
+        encoder: a ViT.
+        decoder: predicts the values of every patch.
+        kept: number of visible patches.
+    """
+
+    encoder: ViT
+    decoder: MaskedDecoder
+    kept: int
+
+    def __call__(self, images: jax.Array, noise: jax.Array) -> Reconstruction:
+        """Reconstructs images `[batch, height, width, channels]`.
+
+        Args:
+            images: normalized.
+            noise: `[batch, tokens]`, uniform in [0, 1); the smallest values stay visible.
+        """
+        chosen = masking.random_masking(noise, self.kept)
+        latent, _ = self.encoder(images, chosen.keep_ids)
+        return Reconstruction(latent, self.decoder(latent, chosen.restore_ids), chosen)
+
+    def encode(self, images: jax.Array) -> jax.Array:
+        """Encodes whole images: `[batch, 1 + tokens, width]`, class token first."""
+        return self.encoder(images)[0]
+
+
+@register("mae")
+@dataclasses.dataclass(frozen=True)
+class MAE(Method):
+    """Pre-training by reconstructing removed patches.
+
+    Attributes:
+        model: encoder and decoder.
+        normalize_target: predict patches normalized by their own mean and variance.
+    """
+
+    model: MaskedAutoencoder
+    normalize_target: bool = True
+
+    streams: ClassVar[tuple[str, ...]] = ("mask",)
+
+    @classmethod
+    def build(cls, config: ml_collections.ConfigDict) -> "MAE":
+        """Reads `config.model`, `config.data.image_size` and `config.data.channels`."""
+        model = config.model
+        size = vit_size(model.size, width=model.width, depth=model.depth, heads=model.heads)
+        image_size, patch_size = tuple(config.data.image_size), tuple(model.patch_size)
+        grid = masking.token_grid(image_size, patch_size)
+        kept = masking.num_kept(grid[0] * grid[1], model.mask_ratio)
+        shared: dict[str, Any] = dict(
+            mlp_ratio=model.mlp_ratio,
+            scan=model.scan,
+            remat=model.remat,
+            dtype=jnp.dtype(config.compute_dtype),
+            attention=model.attention or None,
+        )
+        encoder = ViT(image_size, patch_size, config.data.channels, **size, **shared)
+        decoder = MaskedDecoder(
+            encoder.grid,
+            outputs=patch_size[0] * patch_size[1] * config.data.channels,
+            width=model.decoder_width,
+            depth=model.decoder_depth,
+            heads=model.decoder_heads,
+            **shared,
+        )
+        return cls(MaskedAutoencoder(encoder, decoder, kept), model.normalize_target)
+
+    @property
+    def inputs(self) -> Mapping[str, Input]:
+        """Images of the model's size."""
+        encoder = self.model.encoder
+        return {"image": Input((*encoder.image_size, encoder.channels))}
+
+    def init(self, rng: jax.Array, batch: Batch) -> Variables:
+        """Initial parameters of encoder and decoder."""
+        images = jnp.zeros((1, *batch["image"].shape[1:]))
+        return self.model.init(rng, images, jnp.zeros((1, self.tokens)))
+
+    @property
+    def tokens(self) -> int:
+        """Number of patches in an image."""
+        rows, columns = self.model.encoder.grid
+        return rows * columns
+
+    def target(self, images: jax.Array) -> jax.Array:
+        """What to predict for every patch, `[batch, tokens, values]`, float32."""
+        patches = targets.patchify(images.astype(jnp.float32), self.model.encoder.patch_size)
+        return targets.normalize_patches(patches) if self.normalize_target else patches
+
+    def reconstruction_loss(self, images: jax.Array, output: Reconstruction) -> jax.Array:
+        """Mean squared error over the removed patches (section 3, "Reconstruction target")."""
+        error = losses.squared_error(output.pred, self.target(images))  # [B, L]
+        return losses.masked_mean(error, output.masking.mask)
+
+    def loss(
+        self, variables: Variables, batch: Batch, rngs: Mapping[str, jax.Array], step: jax.Array
+    ) -> tuple[jax.Array, Aux]:
+        """Reconstruction loss under a fresh random mask."""
+        images = batch["image"]
+        noise = jax.random.uniform(rngs["mask"], (images.shape[0], self.tokens))
+        output = self.model.apply(variables, images, noise)
+        return self.reconstruction_loss(images, output), Aux()
+
+    def features(self, variables: Variables, batch: Batch) -> Features:
+        """Class token and patch tokens of whole images, after the final norm."""
+        latent = self.model.apply(variables, batch["image"], method=MaskedAutoencoder.encode)
+        return Features(latent[:, 0], latent[:, 1:], self.model.encoder.grid)
+
+    def pictures(
+        self, variables: Variables, batch: Batch, rngs: Mapping[str, jax.Array]
+    ) -> dict[str, list[jax.Array]]:
+        """Columns: image, visible patches, reconstruction, reconstruction with visible patches.
+
+        Where the target is normalized, predicted patches get the mean and deviation of the true
+        patches back; without this every reconstruction looks grey.
+        """
+        images = batch["image"].astype(jnp.float32)
+        encoder = self.model.encoder
+        noise = jax.random.uniform(rngs["mask"], (images.shape[0], self.tokens))
+        output = self.model.apply(variables, images, noise)
+        patches = targets.patchify(images, encoder.patch_size)
+        pred = output.pred.astype(jnp.float32)
+        if self.normalize_target:
+            pred = targets.denormalize_patches(pred, patches)
+        removed = output.masking.mask[..., None]
+        columns = [
+            patches,
+            patches * (1 - removed),
+            pred,
+            jnp.where(removed == 1, pred, patches),
+        ]
+        return {
+            "reconstruction": [
+                targets.unpatchify(column, encoder.image_size, encoder.patch_size)
+                for column in columns
+            ]
+        }
+
+    def layout(self) -> layout.Layout:
+        """The official pre-training checkpoint; releases without the decoder are accepted."""
+        encoder, decoder = self.model.encoder, self.model.decoder
+        encoder_positions = sincos_positions(encoder.grid, encoder.width, leading_tokens=1)[None]
+        decoder_positions = sincos_positions(decoder.grid, decoder.width, leading_tokens=1)[None]
+        return layout.Layout(
+            rules=(
+                layout.Rule("cls_token", "encoder/cls_token"),
+                layout.Rule(
+                    "patch_embed.proj.weight", "encoder/patch_embed/kernel", layout.CONV2D
+                ),
+                layout.Rule("patch_embed.proj.bias", "encoder/patch_embed/bias"),
+                *layout.transformer_rules(
+                    "blocks",
+                    "encoder/transformer",
+                    depth=encoder.depth,
+                    width=encoder.width,
+                    heads=encoder.heads,
+                    scan=encoder.scan,
+                ),
+                *layout.layer_norm_rules("norm", "encoder/norm"),
+                *layout.linear_rules("decoder_embed", "decoder/embed"),
+                layout.Rule("mask_token", "decoder/mask_token"),
+                *layout.transformer_rules(
+                    "decoder_blocks",
+                    "decoder/transformer",
+                    depth=decoder.depth,
+                    width=decoder.width,
+                    heads=decoder.heads,
+                    scan=decoder.scan,
+                ),
+                *layout.layer_norm_rules("decoder_norm", "decoder/norm"),
+                *layout.linear_rules("decoder_pred", "decoder/pred"),
+            ),
+            constants=(
+                layout.Constant("pos_embed", encoder_positions),
+                layout.Constant("decoder_pos_embed", decoder_positions),
+            ),
+            optional=(r"decoder_.*|mask_token",),
+        )

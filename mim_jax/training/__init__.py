@@ -1,0 +1,1 @@
+"""The train loop: state, step, optimizer, sharding, checkpoints, logging."""
