@@ -50,6 +50,19 @@ class Features:
     grid: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
 
+@flax.struct.dataclass
+class Picture:
+    """Images to show side by side, one row for each sample.
+
+    Attributes:
+        columns: by title, images `[batch, height, width, channels]` in normalized image space.
+        caption: what a reader must know to read the picture.
+    """
+
+    columns: dict[str, jax.Array]
+    caption: str = flax.struct.field(pytree_node=False, default="")
+
+
 @dataclasses.dataclass(frozen=True)
 class Input:
     """A batch entry that a method needs: rank with the batch axis, and a NumPy kind.
@@ -140,12 +153,8 @@ class Method(abc.ABC):
 
     def pictures(
         self, variables: Variables, batch: Batch, rngs: Mapping[str, jax.Array]
-    ) -> dict[str, list[jax.Array]]:
-        """Columns of a picture by name, in normalized image space; empty if there are none.
-
-        Each name stands for one picture; its columns are images `[batch, height, width,
-        channels]`, shown side by side, one row for each sample.
-        """
+    ) -> dict[str, Picture]:
+        """Pictures by name that show what the model does; empty if there are none."""
         return {}
 
     def layout(self) -> Layout | None:

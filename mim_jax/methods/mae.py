@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from mim_jax import layout, losses, masking, targets
-from mim_jax.method import Aux, Batch, Features, Input, Method, Variables, register
+from mim_jax.method import Aux, Batch, Features, Input, Method, Picture, Variables, register
 from mim_jax.models.masked_decoder import MaskedDecoder
 from mim_jax.models.positions import sincos_positions
 from mim_jax.models.vit import ViT, vit_size
@@ -143,8 +143,8 @@ class MAE(Method):
 
     def pictures(
         self, variables: Variables, batch: Batch, rngs: Mapping[str, jax.Array]
-    ) -> dict[str, list[jax.Array]]:
-        """Columns: image, visible patches, reconstruction, reconstruction with visible patches.
+    ) -> dict[str, Picture]:
+        """Image, visible patches, prediction, and prediction with the visible patches put in.
 
         Where the target is normalized, predicted patches get the mean and deviation of the true
         patches back; without this every reconstruction looks grey.
@@ -155,20 +155,25 @@ class MAE(Method):
         output = self.model.apply(variables, images, noise)
         patches = targets.patchify(images, encoder.patch_size)
         pred = output.pred.astype(jnp.float32)
+        caption = "Loss on removed patches only; the prediction for visible ones is not trained."
         if self.normalize_target:
             pred = targets.denormalize_patches(pred, patches)
+            caption += "\nPredicted patches carry the mean and deviation of the true patches."
         removed = output.masking.mask[..., None]
-        columns = [
-            patches,
-            patches * (1 - removed),
-            pred,
-            jnp.where(removed == 1, pred, patches),
-        ]
+        columns = {
+            "image": patches,
+            "visible": patches * (1 - removed),
+            "prediction": pred,
+            "prediction + visible": jnp.where(removed == 1, pred, patches),
+        }
         return {
-            "reconstruction": [
-                targets.unpatchify(column, encoder.image_size, encoder.patch_size)
-                for column in columns
-            ]
+            "reconstruction": Picture(
+                {
+                    title: targets.unpatchify(column, encoder.image_size, encoder.patch_size)
+                    for title, column in columns.items()
+                },
+                caption,
+            )
         }
 
     def layout(self) -> layout.Layout:
