@@ -206,7 +206,7 @@ def complete(given: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         source = given.get(parent, {}) if parent else given
         if leaf in source:
             part[leaf] = source[leaf]
-    override(config, _leaves(given))
+    override(config, leaves(given))
     return config.lock()
 
 
@@ -235,7 +235,7 @@ def override(config: ml_collections.ConfigDict, values: Mapping[str, Any]) -> No
 
 def check_field(config: ml_collections.ConfigDict, field: str) -> None:
     """Raises `ValueError` with the nearest known field if a config lacks a dotted field."""
-    known = _leaves(config)
+    known = leaves(config)
     if field not in known:
         near = difflib.get_close_matches(field, known, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else f" Known are: {', '.join(known)}."
@@ -248,15 +248,15 @@ def _descend(config: ml_collections.ConfigDict, parent: str) -> ml_collections.C
     return config
 
 
-def _leaves(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
+def leaves(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
     """Values by dotted field name."""
-    leaves: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, ml_collections.ConfigDict):
-            leaves |= _leaves(value, f"{prefix}{key}.")
+            found |= leaves(value, f"{prefix}{key}.")
         else:
-            leaves[f"{prefix}{key}"] = value
-    return leaves
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:

@@ -1,0 +1,1 @@
+"""Weights in and out: official checkpoints of papers, and files other libraries read."""

@@ -1,0 +1,95 @@
+"""Reads and writes state dicts: `.safetensors` without PyTorch, `.pth` with it."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+
+WRAPPERS = ("model", "state_dict")
+"""Keys under which training code stores the state dict beside its optimizer."""
+
+
+def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
+    """Arrays by official key.
+
+    Args:
+        path: a `.safetensors`, `.pth`, `.pt` or `.bin` file. A `.pth` that holds a whole training
+            state is read for its `model`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is of another kind, damaged, or holds no state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint file {path}.")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a readable safetensors file: {error}.") from error
+    if path.suffix in TORCH_SUFFIXES:
+        return _read_torch(path)
+    raise ValueError(
+        f"{path}: unknown kind {path.suffix!r}; known are .safetensors, {', '.join(TORCH_SUFFIXES)}."
+    )
+
+
+def write_state_dict(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays by official key; a `.pth` gets them under `model`, as the MAE code does.
+
+    Raises:
+        ValueError: for an unknown file kind.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors" and path.suffix not in TORCH_SUFFIXES:
+        raise ValueError(
+            f"{path}: unknown kind {path.suffix!r}; write .safetensors or .pth."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    if path.suffix == ".safetensors":
+        save_file(dict(state), temporary)
+    else:
+        torch = _torch(path)
+        # Copied, because PyTorch wants memory that it may write to.
+        tensors = {key: torch.from_numpy(np.array(value)) for key, value in state.items()}
+        torch.save({"model": tensors}, temporary)
+    os.replace(temporary, path)
+
+
+def _torch(path: Path) -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            f"{path} needs PyTorch: pip install 'mim-jax[torch]', or use a .safetensors file."
+        ) from error
+    return torch
+
+
+def _read_torch(path: Path) -> dict[str, np.ndarray]:
+    import argparse
+
+    torch = _torch(path)
+    try:
+        # Own runs of the MAE code keep their arguments beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # PyTorch raises many kinds for damaged or unsafe files
+        raise ValueError(f"{path} is not a readable PyTorch checkpoint: {error}") from error
+    for wrapper in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    is_state = isinstance(content, dict) and all(
+        isinstance(value, torch.Tensor) for value in content.values()
+    )
+    if not is_state or not content:
+        raise ValueError(f"{path} holds no state dict, neither directly nor under {WRAPPERS}.")
+    return {key: value.float().numpy() for key, value in content.items()}

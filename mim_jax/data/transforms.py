@@ -1,0 +1,172 @@
+"""Crops of one uint8 image on the host: random for training, centred for evaluation.
+
+Both are small frozen dataclasses, so they can be sent to worker processes and compared. Flipping
+and normalization are not here: they are done on the device, inside the train step.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from mim_jax.data.decode import choose_backend
+from mim_jax.data.resize import INTERPOLATIONS, resized
+
+Size = tuple[int, int]
+Box = tuple[int, int, int, int]  # top, left, height, width
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomResizedCrop:
+    """Cut a random box and resize it: the training crop of torchvision and of MAE.
+
+    Draw an area and a log-uniform aspect until the box fits, at most `tries` times, then fall
+    back to a centred box with the aspect clipped (torchvision's `RandomResizedCrop.get_params`).
+    With `single_draw`, draw once and clip height and width to the image (the linear-probe crop of
+    MAE, `util/crop.py`).
+
+    Attributes:
+        size: height and width of the result in pixels.
+        area: smallest and largest share of the image's area, each in (0, 1].
+        aspect: smallest and largest width / height.
+        interpolation: `bicubic`, `bilinear` or `lanczos`.
+        backend: `opencv`, `pillow` or `auto` (OpenCV if installed). `pillow` gives the pixels
+            that torchvision gives for a PIL image; see `mim_jax.data.resize` for the difference.
+        tries: draws before the fallback.
+        single_draw: draw once and clip, never fall back.
+    """
+
+    size: Size
+    area: tuple[float, float] = (0.2, 1.0)
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: str = "bicubic"
+    backend: str = "auto"
+    tries: int = 10
+    single_draw: bool = False
+
+    def __post_init__(self) -> None:
+        _check_size(self.size)
+        _check_resize_options(self.interpolation, self.backend)
+        if not 0 < self.area[0] <= self.area[1] <= 1:
+            raise ValueError(f"area must satisfy 0 < low <= high <= 1, got {self.area}")
+        if not 0 < self.aspect[0] <= self.aspect[1]:
+            raise ValueError(f"aspect must satisfy 0 < low <= high, got {self.aspect}")
+        if self.tries < 1:
+            raise ValueError(f"tries must be at least 1, got {self.tries}")
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Return a random crop of `image`.
+
+        Args:
+            image: uint8 `[height, width, channels]`.
+            rng: gives all the randomness of this crop.
+
+        Returns:
+            uint8 `[size[0], size[1], channels]`.
+        """
+        top, left, height, width = self.box(image.shape[0], image.shape[1], rng)
+        crop = image[top : top + height, left : left + width]
+        return resized(crop, self.size, self.interpolation, self.backend)
+
+    def box(self, height: int, width: int, rng: np.random.Generator) -> Box:
+        """Return the box (top, left, height, width) to cut from a `height` x `width` image."""
+        low, high = self.area[0] * height * width, self.area[1] * height * width
+        log_low, log_high = math.log(self.aspect[0]), math.log(self.aspect[1])
+        for _ in range(1 if self.single_draw else self.tries):
+            area = low + (high - low) * rng.random()
+            aspect = math.exp(log_low + (log_high - log_low) * rng.random())
+            box_width = round(math.sqrt(area * aspect))
+            box_height = round(math.sqrt(area / aspect))
+            if self.single_draw:
+                box_width = min(max(box_width, 1), width)
+                box_height = min(max(box_height, 1), height)
+            if 0 < box_width <= width and 0 < box_height <= height:
+                # floor(u * n) is uniform over range(n) and far cheaper than rng.integers.
+                top = int(rng.random() * (height - box_height + 1))
+                left = int(rng.random() * (width - box_width + 1))
+                return top, left, box_height, box_width
+        return self._centred_box(height, width)
+
+    def _centred_box(self, height: int, width: int) -> Box:
+        """Return the largest centred box whose aspect is allowed."""
+        narrowest, widest = self.aspect
+        box_height, box_width = height, width
+        if width / height < narrowest:
+            box_height = round(width / narrowest)
+        elif width / height > widest:
+            box_width = round(height * widest)
+        return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationCrop:
+    """Resize so that the image covers `size / crop_ratio`, then cut the centre.
+
+    For a square size this is the usual evaluation transform: short side to `size / crop_ratio`
+    (224 -> 256), bicubic, centre crop. For any other size the image is scaled, keeping its
+    aspect, by the smallest factor at which it covers both `size[0] / crop_ratio` rows and
+    `size[1] / crop_ratio` columns.
+
+    The default ratio is 0.875 for sizes up to 224 and 1.0 above (MAE, `util/datasets.py`); it
+    goes by the larger side. That holds for small sizes too: 28 x 28 images are enlarged to
+    32 x 32 and lose a border of 2 pixels. Where the object fills the frame, as in Fashion-MNIST,
+    use `crop_ratio=1.0`: an image that already has the size then passes unchanged.
+
+    Attributes:
+        size: height and width of the result in pixels.
+        crop_ratio: share of the resized image that is kept, in (0, 1]; None for the default.
+        interpolation: `bicubic`, `bilinear` or `lanczos`.
+        backend: `opencv`, `pillow` or `auto`; `pillow` gives torchvision's pixels.
+    """
+
+    size: Size
+    crop_ratio: float | None = None
+    interpolation: str = "bicubic"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check_size(self.size)
+        _check_resize_options(self.interpolation, self.backend)
+        if self.crop_ratio is not None and not 0 < self.crop_ratio <= 1:
+            raise ValueError(f"crop_ratio must be in (0, 1], got {self.crop_ratio}")
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+        """Return the centre of `image`.
+
+        Args:
+            image: uint8 `[height, width, channels]`.
+            rng: not used; accepted so that training can use this crop too.
+
+        Returns:
+            uint8 `[size[0], size[1], channels]`.
+        """
+        del rng
+        whole = self.resized_size(image.shape[0], image.shape[1])
+        # Python's round halves to even, as torchvision's center_crop does.
+        top = round((whole[0] - self.size[0]) / 2)
+        left = round((whole[1] - self.size[1]) / 2)
+        image = resized(image, whole, self.interpolation, self.backend)
+        return image[top : top + self.size[0], left : left + self.size[1]]
+
+    def resized_size(self, height: int, width: int) -> Size:
+        """Return the size to which a `height` x `width` image is resized before the cut."""
+        ratio = self.crop_ratio
+        if ratio is None:
+            ratio = 0.875 if max(self.size) <= 224 else 1.0
+        rows, columns = int(self.size[0] / ratio), int(self.size[1] / ratio)
+        if rows * width >= columns * height:  # the rows need the larger factor
+            return rows, rows * width // height
+        return columns * height // width, columns
+
+
+def _check_size(size: Size) -> None:
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"size must be (height, width) in whole pixels, got {size!r}")
+
+
+def _check_resize_options(interpolation: str, backend: str) -> None:
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(
+            f"unknown interpolation {interpolation!r}; use one of {', '.join(INTERPOLATIONS)}"
+        )
+    choose_backend(backend)

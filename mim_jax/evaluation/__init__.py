@@ -1,0 +1,24 @@
+"""Evaluation protocols that work for any method through its features."""
+
+from mim_jax.evaluation.features import extract_features, raw_pixels
+from mim_jax.evaluation.knn import knn_accuracy
+from mim_jax.evaluation.linear_probe import (
+    LinearProbe,
+    ProbeHead,
+    lars_probe_accuracy,
+    linear_accuracy,
+)
+from mim_jax.evaluation.protocols import PROTOCOLS, compare_with_baselines, evaluate
+
+__all__ = [
+    "PROTOCOLS",
+    "LinearProbe",
+    "ProbeHead",
+    "compare_with_baselines",
+    "evaluate",
+    "extract_features",
+    "knn_accuracy",
+    "lars_probe_accuracy",
+    "linear_accuracy",
+    "raw_pixels",
+]

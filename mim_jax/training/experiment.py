@@ -1,0 +1,182 @@
+"""What a config describes, ready to run: method, mesh, optimizer, initial state, compiled step."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from mim_jax import config as configs
+from mim_jax.data import RandomResizedCrop, Source, open_source, steps_per_epoch
+from mim_jax.data.on_device import normalize, random_flip
+from mim_jax.method import Batch, Method, method_class
+from mim_jax.training import sharding, step
+from mim_jax.training.flops import count_flops
+from mim_jax.training.optimizer import Schedule, build_optimizer, build_schedules
+from mim_jax.training.state import TrainState, init_state
+
+HostShapes = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A run before its first step.
+
+    Attributes:
+        config: complete, with values that depend on the machine filled in.
+        method: what is trained.
+        mesh: devices.
+        rules: sharding rules, the user's first.
+        optimizer: over the trainable parameters.
+        schedules: learning rate by optimizer group.
+        steps_per_epoch: optimizer steps in an epoch.
+        total_steps: optimizer steps in the run.
+    """
+
+    config: ml_collections.ConfigDict
+    method: Method
+    mesh: Mesh
+    rules: tuple[sharding.Rule, ...]
+    optimizer: optax.GradientTransformationExtraArgs
+    schedules: dict[str, Schedule]
+    steps_per_epoch: int
+    total_steps: int
+
+    @classmethod
+    def build(
+        cls,
+        config: ml_collections.ConfigDict,
+        examples: int,
+        devices: Sequence[jax.Device] | None = None,
+    ) -> "Experiment":
+        """Builds everything that can be built without data.
+
+        Args:
+            config: a complete config.
+            examples: number of training examples.
+            devices: devices to use; all by default.
+
+        Raises:
+            ValueError: for anything in the config that does not fit together.
+        """
+        config = configs.resolve(config, jax.default_backend())
+        method = method_class(config.method).build(config)
+        mesh = sharding.make_mesh(config.mesh, devices)
+        sharding.check_batch_size(config.batch_size, config.accumulate, mesh)
+        per_epoch = steps_per_epoch(examples, config.batch_size)
+        total = config.steps or round(config.epochs * per_epoch)
+        schedules = build_schedules(config, method.groups, per_epoch, total)
+        return cls(
+            config=config,
+            method=method,
+            mesh=mesh,
+            rules=sharding.rules_of(config.sharding),
+            optimizer=build_optimizer(config.optimizer, method.groups, schedules),
+            schedules=schedules,
+            steps_per_epoch=per_epoch,
+            total_steps=total,
+        )
+
+    def prepare(self, batch: Batch, rng: jax.Array) -> Batch:
+        """What the step does first: flips, and normalizes uint8 images to float32."""
+        data = self.config.data
+        images = batch["image"]
+        if data.flip:
+            images = random_flip(rng, images)
+        return {**batch, "image": normalize(images, data.mean, data.std)}
+
+    def _initial(self, shapes: HostShapes) -> TrainState:
+        batch = {
+            name: jnp.zeros((1, *array.shape[1:]), array.dtype) for name, array in shapes.items()
+        }
+        return init_state(self.method, self.optimizer, jax.random.key(self.config.seed), batch)
+
+    def abstract_state(self, shapes: HostShapes) -> TrainState:
+        """Shapes, types and shardings of the state.
+
+        Args:
+            shapes: arrays (or shapes) of one host batch.
+        """
+        state = jax.eval_shape(lambda: self._initial(shapes))
+        return jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            state,
+            sharding.state_shardings(state, self.rules, self.mesh),
+        )
+
+    def initial_state(self, shapes: HostShapes) -> TrainState:
+        """The state at step 0, created where it will live."""
+        where = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state(shapes))
+        return jax.jit(lambda: self._initial(shapes), out_shardings=where)()
+
+    def train_step(self) -> step.TrainStep:
+        """The train step, not yet compiled."""
+        return step.make_train_step(
+            self.method,
+            self.optimizer,
+            self.schedules,
+            self.prepare,
+            seed=self.config.seed,
+            accumulate=self.config.accumulate,
+        )
+
+    def compiled_step(self, shapes: HostShapes) -> jax.stages.Compiled:
+        """The step, compiled ahead of time for one batch shape: it can never recompile.
+
+        Args:
+            shapes: arrays (or shapes) of one host batch; its rows are those of this process.
+        """
+        state = self.abstract_state(shapes)
+        where = jax.tree.map(lambda leaf: leaf.sharding, state)
+        rows = sharding.batch_sharding(self.mesh)
+        step_function = jax.jit(
+            self.train_step(), in_shardings=(where, rows), out_shardings=(where, None),
+            donate_argnums=0,
+        )
+        return step_function.lower(state, self.global_batch(shapes)).compile()
+
+    def global_batch(self, shapes: HostShapes) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the batch over all processes."""
+        rows = self.config.batch_size
+        return {
+            name: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype)
+            for name, array in shapes.items()
+        }
+
+    def flops_per_step(self, shapes: HostShapes) -> float:
+        """Model FLOPs of one step, forward and backward, without rematerialization."""
+        config = self.config.copy_and_resolve_references()
+        if "remat" in config.model:
+            config.model.remat = "none"
+        plain = dataclasses.replace(self, method=type(self.method).build(config))
+        return count_flops(
+            plain.train_step(), plain.abstract_state(shapes), plain.global_batch(shapes)
+        )
+
+
+def image_shapes(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
+    """An image batch of the config's size, without memory of its own, where no data are at hand."""
+    shape = (config.batch_size, *config.data.image_size, config.data.channels)
+    return {"image": np.broadcast_to(np.zeros((), np.uint8), shape)}
+
+
+def training_source(config: ml_collections.ConfigDict) -> Source:
+    """The data that a config trains on."""
+    data = config.data
+    return open_source(data.source, data.split, channels=data.channels, backend=data.backend)
+
+
+def training_crop(config: ml_collections.ConfigDict) -> RandomResizedCrop:
+    """The random resized crop of a config."""
+    data = config.data
+    return RandomResizedCrop(
+        tuple(data.image_size),
+        area=tuple(data.crop_area),
+        aspect=tuple(data.crop_aspect),
+        backend=data.backend,
+    )

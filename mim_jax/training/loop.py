@@ -1,0 +1,458 @@
+"""The train loop, the only one: reads batches, steps, logs, saves, evaluates, and resumes."""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from rich.console import Console
+
+from mim_jax import config as configs
+from mim_jax.conversion.initial import initialize_from
+from mim_jax.data import EvaluationCrop, Source, evaluation_batches, open_source, train_batches
+from mim_jax.data.on_device import denormalize, normalize
+from mim_jax.evaluation.protocols import check_protocols, compare_with_baselines, evaluate
+from mim_jax.training.checkpoints import Checkpoints
+from mim_jax.training.experiment import Experiment, training_crop, training_source
+from mim_jax.training.feed import DeviceFeed, HostBatch
+from mim_jax.training.flops import peak_flops_of
+from mim_jax.training.interruption import Interrupted, Interruption
+from mim_jax.training.pictures import picture_grid
+from mim_jax.training.run_log import RunLog
+from mim_jax.training.sharding import batch_sharding
+from mim_jax.training.state import TrainState
+from mim_jax.training.step import stream_keys
+from mim_jax.training.versions import versions
+
+STEPS_LATE = 2
+"""How many steps later metrics are fetched, so that the host never waits for the newest step."""
+
+PICTURE_ROWS = 8
+
+
+class TrainingStopped(RuntimeError):
+    """A run cannot go on; the message says why and what to do."""
+
+
+@dataclasses.dataclass
+class Result:
+    """What a run leaves behind in memory.
+
+    Attributes:
+        state: the final state.
+        evaluation: accuracies by row ("trained", "untrained", "raw pixels") and protocol.
+        picture: the newest picture file, or None.
+        folder: everything else.
+    """
+
+    state: TrainState
+    evaluation: dict[str, dict[str, float]]
+    picture: Path | None
+    folder: Path
+
+
+def train(
+    config: ml_collections.ConfigDict,
+    folder: str | Path,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    console: Console | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> Result:
+    """Trains, or goes on where an earlier call with the same folder stopped.
+
+    Args:
+        config: a complete config, see `mim_jax.config.load`.
+        folder: of the run: config, versions, metrics, pictures and checkpoints.
+        devices: devices to use; all by default.
+        console: where to print.
+        on_step: called with the number of steps taken after each step was dispatched.
+
+    Raises:
+        ValueError: if anything in the config, the data or the folder does not fit together.
+        TrainingStopped: if the loss stays non-finite, too many images are unreadable, or memory
+            is short.
+        Interrupted: after SIGTERM or SIGINT, once everything is saved.
+    """
+    folder = Path(folder)
+    check_protocols(config.evaluate.protocols)
+    source = training_source(config)
+    experiment = Experiment.build(config, len(source), devices)
+    config = experiment.config
+    with contextlib.ExitStack() as stack:
+        interruption = stack.enter_context(Interruption())
+        checkpoints = Checkpoints(folder, config)
+        stack.callback(checkpoints.close)
+        first_step = checkpoints.latest_step() or 0
+        log = stack.enter_context(
+            RunLog(
+                folder,
+                total_steps=experiment.total_steps,
+                first_step=first_step,
+                is_main=jax.process_index() == 0,
+                tensorboard=config.log.tensorboard,
+                wandb=config.log.wandb,
+                config=config.to_dict(),
+                console=console,
+            )
+        )
+        _write_about(folder, config, log)
+        run = _Run(experiment, source, folder, log, checkpoints, interruption, on_step)
+        try:
+            return run.train(first_step)
+        except jax.errors.JaxRuntimeError as error:
+            raise _explained(error, config) from error
+
+
+class _Run:
+    """One call of `train`: what its parts share."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        source: Source,
+        folder: Path,
+        log: RunLog,
+        checkpoints: Checkpoints,
+        interruption: Interruption,
+        on_step: Callable[[int], None] | None,
+    ) -> None:
+        self.experiment = experiment
+        self.config = experiment.config
+        self.source = source
+        self.folder = folder
+        self.log = log
+        self.checkpoints = checkpoints
+        self.interruption = interruption
+        self.on_step = on_step or (lambda step: None)
+        self.picture_path: Path | None = None
+        self.rows_read = 0
+        self.rows_unreadable = 0
+
+    def train(self, first_step: int) -> Result:
+        """Runs all remaining steps, then evaluates."""
+        experiment, total = self.experiment, self.experiment.total_steps
+        with contextlib.closing(self._host_batches(first_step)) as host_batches:
+            first_batch = next(host_batches)
+            self.experiment.method.check(first_batch)
+            state = self._state(first_step, first_batch)
+            if first_step < total:
+                batches = _chain(first_batch, host_batches)
+                state = self._steps(state, first_step, batches)
+        self.save(state, total)
+        self.checkpoints.wait()
+        self._pictures(state, total)
+        evaluation = self._final_evaluation(state, first_batch)
+        return Result(state, evaluation, self.picture_path, self.folder)
+
+    def _host_batches(self, first_step: int) -> Iterator[HostBatch]:
+        config = self.config
+        batches = train_batches(
+            self.source,
+            training_crop(config),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start_step=first_step,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            workers=config.data.workers,
+        )
+        with contextlib.closing(batches):
+            for batch in batches:
+                self._count_unreadable(batch.pop("unreadable"))
+                del batch["index"]
+                yield batch
+
+    def _count_unreadable(self, unreadable: np.ndarray) -> None:
+        self.rows_read += len(unreadable)
+        self.rows_unreadable += int(unreadable.sum())
+        share = self.rows_unreadable / self.rows_read
+        enough = self.rows_read >= min(1000, len(self.source))
+        if enough and share > self.config.data.max_unreadable:
+            raise TrainingStopped(
+                f"{self.rows_unreadable} of {self.rows_read} images of {self.source.name} could "
+                f"not be read ({share:.1%}; data.max_unreadable allows "
+                f"{self.config.data.max_unreadable:.1%}). The warnings above name the files: mend "
+                "or remove them, or raise the limit."
+            )
+
+    def _state(self, first_step: int, batch: HostBatch) -> TrainState:
+        """The state of the newest checkpoint, or a new one."""
+        if first_step:
+            state = self.checkpoints.restore(self.experiment.abstract_state(batch))
+            self.log.note(f"resumed from step {first_step} of {self.experiment.total_steps}")
+            return state
+        state = self.experiment.initial_state(batch)
+        if self.config.init_from:
+            state, notes = initialize_from(self.config.init_from, self.experiment.method, state)
+            for note in notes:
+                self.log.note(note)
+        return state
+
+    def _steps(self, state: TrainState, first_step: int, batches: Iterator[HostBatch]) -> TrainState:
+        experiment, config, total = self.experiment, self.config, self.experiment.total_steps
+        first_batch, batches = _peek(batches)
+        self._announce(state, first_batch)
+        started = time.perf_counter()
+        step_function = experiment.compiled_step(first_batch)
+        self.log.note(f"compiled the train step in {time.perf_counter() - started:.1f} s")
+        feed = DeviceFeed(batches, batch_sharding(experiment.mesh))
+        meter = _Meter(config, experiment.flops_per_step(first_batch), experiment.mesh.size)
+        pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
+        metrics: dict[str, jax.Array] = {}
+        for step in range(first_step + 1, total + 1):
+            batch = next(feed)
+            # Waiting counts only if the devices had nothing left to do by the time data came.
+            idle = not metrics or metrics["loss"].is_ready()
+            meter.waited(feed, idle)
+            state, metrics = step_function(state, batch)
+            pending.append((step, metrics))
+            if len(pending) > STEPS_LATE:
+                self._record(meter, *pending.popleft())
+            self.on_step(step)
+            if self.interruption.requested:
+                self._leave(state, step)
+            if self._due(step, config.log.pictures_every_steps) and step < total:
+                self._pictures(state, step)
+            scores = self._scores(state, step) if step < total else None
+            if scores or (step < total and self._due(step, config.checkpoint.every_steps)):
+                self.save(state, step, scores)
+        for item in pending:
+            self._record(meter, *item)
+        return state
+
+    def _announce(self, state: TrainState, batch: HostBatch) -> None:
+        config, mesh = self.config, self.experiment.mesh
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+        self.log.note(
+            f"{config.method}: {parameters / 1e6:.2f} M parameters, {len(self.source):,} images "
+            f"of {self.source.name}, {self.experiment.total_steps:,} steps of "
+            f"{config.batch_size} ({config.compute_dtype}) on {mesh.size} x "
+            f"{mesh.devices.flat[0].device_kind} ({shape})"
+        )
+
+    @staticmethod
+    def _due(step: int, every: int) -> bool:
+        return every > 0 and step % every == 0
+
+    def _record(self, meter: "_Meter", step: int, metrics: dict[str, jax.Array]) -> None:
+        """Fetches the metrics of a step that is done by now, shows and logs them."""
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        meter.add(values)
+        if values["skipped_in_row"]:
+            self.log.warn(
+                f"step {step}: loss {values['loss']:.4g} or gradient norm "
+                f"{values['grad_norm']:.4g} is not finite; the update was skipped"
+            )
+        if values["skipped_in_row"] >= self.config.max_nonfinite:
+            raise TrainingStopped(
+                f"the loss or gradient was not finite in {self.config.max_nonfinite} steps in a "
+                f"row, the last at step {step}. Lower optimizer.base_lr, set optimizer.clip_norm, "
+                "or use compute_dtype=float32; the last checkpoint before this is step "
+                f"{self.checkpoints.latest_step()}."
+            )
+        self.log.progress(
+            step,
+            loss=values["loss"],
+            images_per_second=meter.images_per_second,
+            data_wait=meter.data_wait,
+        )
+        total = self.experiment.total_steps
+        if self._due(step, self.config.log.every_steps) or step == total:
+            self.log.metrics(step, {"epoch": step / self.experiment.steps_per_epoch, **meter.read()})
+
+    def _leave(self, state: TrainState, step: int) -> None:
+        """Saves and raises, after a signal."""
+        self.save(state, step)
+        self.checkpoints.wait()
+        raise Interrupted(
+            f"{self.interruption.requested} at step {step}: everything is saved in {self.folder}; "
+            "start the same command again to go on"
+        )
+
+    def save(self, state: TrainState, step: int, scores: dict[str, float] | None = None) -> None:
+        """Starts to write a checkpoint."""
+        best = self.config.checkpoint.best_metric
+        if best and scores is not None and best not in scores:
+            raise ValueError(
+                f"checkpoint.best_metric is {best!r}, but the evaluation gives {sorted(scores)}."
+            )
+        self.checkpoints.save(state, step, scores)
+
+    def _pictures(self, state: TrainState, step: int) -> None:
+        if not self.config.log.pictures_every_steps:
+            return
+        data = self.config.data
+        for name, picture in self._picture_function(state.variables).items():
+            columns = {
+                title: np.asarray(denormalize(images, data.mean, data.std))
+                for title, images in picture.columns.items()
+            }
+            self.picture_path = self.log.picture(step, name, picture_grid(columns, picture.caption))
+
+    @property
+    def _picture_function(self) -> Callable[[Any], dict[str, Any]]:
+        """Pictures of the same images with the same masks every time."""
+        if not hasattr(self, "_pictures_of"):
+            config, method = self.config, self.experiment.method
+            images = normalize(_sample_images(config, self.source), config.data.mean, config.data.std)
+            rngs = stream_keys(jax.random.key(config.seed), method.streams)
+            compiled = jax.jit(lambda variables, batch: method.pictures(variables, batch, rngs))
+            self._pictures_of = lambda variables: compiled(variables, {"image": images})
+        return self._pictures_of
+
+    def _scores(self, state: TrainState, step: int) -> dict[str, float] | None:
+        """Evaluation at the set interval, or None."""
+        settings = self.config.evaluate
+        every = round(settings.every_epochs * self.experiment.steps_per_epoch)
+        if not settings.protocols or not self._due(step, every):
+            return None
+        scores = evaluate(self.experiment.method, state.variables, self.config)
+        self.log.metrics(step, {f"eval/{name}": score for name, score in scores.items()})
+        return scores
+
+    def _final_evaluation(
+        self, state: TrainState, batch: HostBatch
+    ) -> dict[str, dict[str, float]]:
+        if not self.config.evaluate.protocols:
+            return {}
+        rows = compare_with_baselines(
+            self.experiment.method,
+            state.variables,
+            self.config,
+            untrained_variables=self.experiment.initial_state(batch).variables,
+        )
+        if jax.process_index() == 0:
+            (self.folder / "evaluation.json").write_text(json.dumps(rows, indent=2))
+        return rows
+
+
+class _Meter:
+    """Means and rates between two log lines."""
+
+    def __init__(self, config: ml_collections.ConfigDict, flops: float, devices: int) -> None:
+        self.batch_size = config.batch_size
+        self.flops = flops
+        self.peak = peak_flops_of(jax.devices()[0], config.compute_dtype) * devices
+        self.seconds_idle = 0.0
+        self._waited_before = 0.0
+        self._restart()
+
+    def _restart(self) -> None:
+        self.start = time.perf_counter()
+        self.idle_at_start = self.seconds_idle
+        self.steps = 0
+        self.sums: dict[str, float] = collections.defaultdict(float)
+        self.last: dict[str, float] = {}
+
+    def waited(self, feed: DeviceFeed, idle: bool) -> None:
+        """Adds what the feed has waited since the last call, if the devices were idle."""
+        new = feed.seconds_waited - self._waited_before
+        self._waited_before = feed.seconds_waited
+        self.seconds_idle += new if idle else 0.0
+
+    def add(self, values: dict[str, float]) -> None:
+        """Adds the metrics of one step."""
+        self.steps += 1
+        self.last = values
+        for name, value in values.items():
+            self.sums[name] += value
+
+    @property
+    def seconds(self) -> float:
+        """Time since the last log line."""
+        return max(time.perf_counter() - self.start, 1e-9)
+
+    @property
+    def images_per_second(self) -> float:
+        """Images of the whole mesh in a second."""
+        return self.steps * self.batch_size / self.seconds
+
+    @property
+    def data_wait(self) -> float:
+        """Share of the time in which the devices waited for data, in [0, 1]."""
+        return min(1.0, (self.seconds_idle - self.idle_at_start) / self.seconds)
+
+    def read(self) -> dict[str, float]:
+        """Everything that a log line holds; starts the next interval."""
+        latest = ("skipped", "skipped_in_row", "learning_rate")
+        line = {
+            name: self.last[name] if name.startswith(latest) else total / self.steps
+            for name, total in self.sums.items()
+        }
+        line |= {
+            "images_per_second": self.images_per_second,
+            "model_flops_utilization": self.steps * self.flops / self.seconds / self.peak,
+            "data_wait": self.data_wait,
+        }
+        self._restart()
+        return line
+
+
+def _chain(first: HostBatch, rest: Iterator[HostBatch]) -> Iterator[HostBatch]:
+    yield first
+    yield from rest
+
+
+def _peek(batches: Iterator[HostBatch]) -> tuple[HostBatch, Iterator[HostBatch]]:
+    first = next(batches)
+    return first, _chain(first, batches)
+
+
+def _sample_images(config: ml_collections.ConfigDict, source: Source) -> np.ndarray:
+    """A few images for pictures: of the test split if the config evaluates, else of training."""
+    if config.evaluate.protocols:
+        source = open_source(
+            config.evaluate.source or config.data.source,
+            config.evaluate.test_split,
+            channels=config.data.channels,
+            backend=config.data.backend,
+        )
+    crop = EvaluationCrop(
+        tuple(config.data.image_size),
+        crop_ratio=config.evaluate.crop_ratio,
+        backend=config.data.backend,
+    )
+    rows = min(PICTURE_ROWS, len(source))
+    with contextlib.closing(evaluation_batches(source, crop, batch_size=rows, limit=rows)) as few:
+        return next(few)["image"]
+
+
+def _write_about(folder: Path, config: ml_collections.ConfigDict, log: RunLog) -> None:
+    """Writes config and versions, and says what differs from an earlier start of the run."""
+    if jax.process_index() != 0:
+        return
+    path = folder / "config.json"
+    if path.is_file():
+        before = configs.leaves(configs.from_json(path.read_text()))
+        for field, value in configs.leaves(config).items():
+            if before.get(field) != value:
+                log.warn(f"{field} was {before.get(field)!r} and is now {value!r}")
+    for name, text in (
+        ("config.json", configs.to_json(config)),
+        ("versions.json", json.dumps(versions(), indent=2)),
+    ):
+        temporary = folder / f".{name}.tmp"
+        temporary.write_text(text)
+        os.replace(temporary, folder / name)
+
+
+def _explained(error: Exception, config: ml_collections.ConfigDict) -> Exception:
+    """An out-of-memory error with the settings that help; any other error as it is."""
+    if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+        return error
+    return TrainingStopped(
+        f"out of memory: {str(error).splitlines()[0]}\n"
+        f"Smaller with: accumulate (now {config.accumulate}) x 2, batch_size (now "
+        f"{config.batch_size}), model.remat=full, compute_dtype=bfloat16 (now "
+        f"{config.compute_dtype}), or mesh.fsdp with sharding.strategy=fsdp over several devices."
+    )

@@ -1,0 +1,194 @@
+import math
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mim_jax.data.resize import resized
+from mim_jax.data.transforms import EvaluationCrop, RandomResizedCrop
+from tests.data.images import smooth_image
+
+BACKENDS = ["opencv", "pillow"]
+
+
+def box_of_torchvision(
+    height: int, width: int, area: tuple[float, float], aspect: tuple[float, float], uniforms: list
+) -> tuple[int, int, int, int]:
+    """`RandomResizedCrop.get_params` written out, with its uniform draws given one by one."""
+    draws = iter(uniforms)
+    for _ in range(10):
+        target = height * width * (area[0] + (area[1] - area[0]) * next(draws))
+        log_aspect = (math.log(aspect[0]), math.log(aspect[1]))
+        ratio = math.exp(log_aspect[0] + (log_aspect[1] - log_aspect[0]) * next(draws))
+        w = round(math.sqrt(target * ratio))
+        h = round(math.sqrt(target / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            i = math.floor(next(draws) * (height - h + 1))
+            j = math.floor(next(draws) * (width - w + 1))
+            return i, j, h, w
+    if width / height < min(aspect):
+        w, h = width, round(width / min(aspect))
+    elif width / height > max(aspect):
+        h, w = height, round(height * max(aspect))
+    else:
+        w, h = width, height
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+@settings(max_examples=100, deadline=None)
+@given(height=st.integers(1, 500), width=st.integers(1, 500), seed=st.integers(0, 2**32))
+def test_box_is_that_of_torchvision(height: int, width: int, seed: int) -> None:
+    crop = RandomResizedCrop((32, 32))
+    uniforms = list(np.random.default_rng(seed).random(40))
+    box = crop.box(height, width, np.random.default_rng(seed))
+    assert box == box_of_torchvision(height, width, (0.2, 1.0), (3 / 4, 4 / 3), uniforms)
+    top, left, box_height, box_width = box
+    assert 0 <= top <= height - box_height and box_height >= 1
+    assert 0 <= left <= width - box_width and box_width >= 1
+
+
+def test_boxes_have_the_asked_areas_aspects_and_places() -> None:
+    crop, rng = RandomResizedCrop((8, 8), area=(0.1, 0.5)), np.random.default_rng(0)
+    boxes = np.array([crop.box(400, 400, rng) for _ in range(4000)], float)
+    area, aspect = boxes[:, 2] * boxes[:, 3] / 400**2, boxes[:, 3] / boxes[:, 2]
+    assert area.min() > 0.098 and area.max() < 0.502
+    assert abs(area.mean() - 0.3) < 0.01
+    assert aspect.min() > 0.74 and aspect.max() < 1.35
+    assert abs(np.log(aspect).mean()) < 0.01
+    centre = boxes[:, 0] + boxes[:, 2] / 2
+    assert abs(centre.mean() - 200) < 4
+
+
+@pytest.mark.parametrize(
+    ("shape", "box"), [((10, 400), (0, 193, 10, 13)), ((400, 10), (193, 0, 13, 10))]
+)
+def test_long_images_fall_back_to_the_centre(
+    shape: tuple[int, int], box: tuple[int, int, int, int]
+) -> None:
+    crop = RandomResizedCrop((8, 8), area=(0.9, 1.0))
+    assert crop.box(*shape, np.random.default_rng(0)) == box
+
+
+@settings(max_examples=50, deadline=None)
+@given(height=st.integers(1, 300), width=st.integers(1, 300), seed=st.integers(0, 2**32))
+def test_single_draw_clips_and_never_retries(height: int, width: int, seed: int) -> None:
+    crop = RandomResizedCrop((8, 8), area=(0.08, 1.0), single_draw=True)
+    u = np.random.default_rng(seed).random(4)
+    target = height * width * (0.08 + 0.92 * u[0])
+    ratio = math.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * u[1])
+    w = min(max(round(math.sqrt(target * ratio)), 1), width)
+    h = min(max(round(math.sqrt(target / ratio)), 1), height)
+    expected = (int(u[2] * (height - h + 1)), int(u[3] * (width - w + 1)), h, w)
+    assert crop.box(height, width, np.random.default_rng(seed)) == expected
+
+
+def test_pillow_crop_has_the_pixels_of_crop_and_resize() -> None:
+    image = smooth_image(90, 120)
+    crop = RandomResizedCrop((32, 48), backend="pillow")
+    top, left, height, width = crop.box(90, 120, np.random.default_rng(4))
+    whole = Image.fromarray(image).crop((left, top, left + width, top + height))
+    expected = np.asarray(whole.resize((48, 32), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(crop(image, np.random.default_rng(4)), expected)
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 400), (400, 300), (331, 517), (224, 224)])
+@pytest.mark.parametrize("size", [224, 96, 256])
+def test_pillow_evaluation_crop_is_exactly_resize_and_centre_crop(
+    height: int, width: int, size: int
+) -> None:
+    image = smooth_image(height, width)
+    short = int(size / 0.875) if size <= 224 else size
+    if height <= width:
+        new_height, new_width = short, int(short * width / height)
+    else:
+        new_height, new_width = int(short * height / width), short
+    whole = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BICUBIC)
+    top, left = round((new_height - size) / 2.0), round((new_width - size) / 2.0)
+    expected = np.asarray(whole)[top : top + size, left : left + size]
+    result = EvaluationCrop((size, size), backend="pillow")(image)
+    np.testing.assert_array_equal(result, expected)
+
+
+def test_default_crop_ratio_is_that_of_mae() -> None:
+    assert EvaluationCrop((224, 224)).resized_size(300, 400) == (256, 341)
+    assert EvaluationCrop((448, 448)).resized_size(300, 400) == (448, 597)
+    assert EvaluationCrop((28, 28)).resized_size(28, 28) == (32, 32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 64), st.integers(1, 64)),
+    shape=st.tuples(st.integers(1, 200), st.integers(1, 200)),
+)
+def test_evaluation_crop_of_any_size_is_covered_by_the_image(
+    size: tuple[int, int], shape: tuple[int, int]
+) -> None:
+    crop = EvaluationCrop(size)
+    height, width = crop.resized_size(*shape)
+    assert height >= int(size[0] / 0.875) and width >= int(size[1] / 0.875)
+    assert height == int(size[0] / 0.875) or width == int(size[1] / 0.875)
+
+
+def test_image_of_the_right_size_passes_unchanged_with_ratio_one() -> None:
+    image = smooth_image(28, 28)[..., :1]
+    np.testing.assert_array_equal(EvaluationCrop((28, 28), crop_ratio=1.0)(image), image)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("shape", [(28, 28), (100, 40), (32, 300)])
+def test_channels_are_kept(backend: str, channels: int, shape: tuple[int, int]) -> None:
+    image = smooth_image(*shape)[..., :channels]
+    random = RandomResizedCrop((32, 24), backend=backend)(image, np.random.default_rng(0))
+    centre = EvaluationCrop((32, 24), backend=backend)(image)
+    assert random.shape == centre.shape == (32, 24, channels)
+    assert random.dtype == centre.dtype == np.uint8
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos"])
+@pytest.mark.parametrize("size", [(10, 10), (10, 200), (200, 10), (95, 105)])
+def test_shrinking_does_not_alias(backend: str, interpolation: str, size: tuple[int, int]) -> None:
+    """Single-pixel stripes, shrunk across, become even grey and keep their mean."""
+    stripes = np.zeros((100, 100, 1), np.uint8)
+    stripes[:, ::2] = 254
+    result = resized(stripes, size, interpolation, backend).astype(float)
+    assert abs(result.mean() - 127) < 3
+    if size[1] == 10:
+        assert result[:, 1:-1].std() < 8
+
+
+@pytest.mark.parametrize("size", [(20, 20), (150, 150), (30, 150), (56, 58)])
+def test_backends_agree_on_smooth_images(size: tuple[int, int]) -> None:
+    image = smooth_image(60, 60)
+    by_backend = [resized(image, size, "bicubic", backend).astype(int) for backend in BACKENDS]
+    assert np.abs(by_backend[0] - by_backend[1]).mean() < 3
+
+
+def test_transforms_can_be_pickled_and_compared() -> None:
+    for transform in (RandomResizedCrop((8, 8)), EvaluationCrop((8, 8))):
+        assert pickle.loads(pickle.dumps(transform)) == transform
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": (0, 8)}, r"size must be \(height, width\) in whole pixels"),
+        ({"area": (0.5, 0.2)}, "area must satisfy 0 < low <= high <= 1"),
+        ({"aspect": (0.0, 1.0)}, "aspect must satisfy 0 < low <= high"),
+        ({"tries": 0}, "tries must be at least 1"),
+        ({"interpolation": "cubic"}, "unknown interpolation 'cubic'; use one of bicubic, bilinear"),
+        ({"backend": "cv"}, "unknown image backend 'cv'"),
+    ],
+)
+def test_bad_options_are_errors(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RandomResizedCrop(**{"size": (8, 8), **options})
+
+
+def test_bad_crop_ratio_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"crop_ratio must be in \(0, 1\], got 1.5"):
+        EvaluationCrop((8, 8), crop_ratio=1.5)
