@@ -264,9 +264,10 @@ def to_json(config: ml_collections.ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2, default=list)
 
 
-def from_json(text: str) -> ml_collections.ConfigDict:
-    """A config that `to_json` wrote."""
-    return complete(_tuples(ml_collections.ConfigDict(json.loads(text))))
+def from_json(content: str | Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """A config that `to_json` wrote, as text or as what JSON makes of it."""
+    fields = json.loads(content) if isinstance(content, str) else dict(content)
+    return complete(_tuples(ml_collections.ConfigDict(fields)))
 
 
 def _tuples(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

@@ -386,8 +386,8 @@ class _Meter:
         """Everything that a log line holds; starts the next interval."""
         latest = ("skipped", "skipped_in_row", "learning_rate")
         line = {
-            name: self.last[name] if name.startswith(latest) else total / self.steps
-            for name, total in self.sums.items()
+            name: self.last[name] if name.startswith(latest) else self.sums[name] / self.steps
+            for name in sorted(self.sums, key=lambda name: name != "loss")
         }
         line |= {
             "images_per_second": self.images_per_second,

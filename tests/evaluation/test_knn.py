@@ -112,6 +112,6 @@ def test_classes_that_only_the_test_split_has_are_never_predicted():
 )
 def test_wrong_input_is_named(change, message):
     names = ("train_features", "train_labels", "test_features", "test_labels")
-    arguments = {**dict(zip(names, random_data(6))), **change}
+    arguments = {**dict(zip(names, random_data(6), strict=True)), **change}
     with pytest.raises(ValueError, match=message):
         knn_accuracy(**arguments)

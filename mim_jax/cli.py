@@ -1,0 +1,267 @@
+"""The command line: `mim-jax VERB --config NAME [--config.FIELD=VALUE ...]`.
+
+Each verb is a thin call into a library function that a notebook can call as well.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+from rich.console import Console
+from rich.table import Table
+
+from mim_jax import __version__
+from mim_jax import config as configs
+
+USAGE = """\
+mim-jax: masked image modelling in JAX and Flax
+
+  mim-jax train    --config mae:tiny [--workdir DIR]   train, or go on where a run stopped
+  mim-jax evaluate --run DIR --protocol knn,linear     score the features of a run
+  mim-jax inspect  --config mae:vit_l16                parameters, sharding, bytes, FLOPs
+  mim-jax convert  --run DIR --output mae.pth          official checkpoint from a run
+  mim-jax convert  --config mae:vit_b16 --input mae.pth --output DIR   and back
+
+Any field of the config is a flag: --config.batch_size=64 --config.data.source=folder:images
+`mim-jax VERB --help` lists the flags of a verb. MIM_JAX_TRACEBACK=1 shows the full trace of an error.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, 1 for an error, 75 if told to stop."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    verb, arguments = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        return _fail(f"unknown command {verb!r}; known are {', '.join(VERBS)}.")
+    try:
+        return VERBS[verb](arguments)
+    except flags.Error as error:
+        return _fail(str(error))
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if os.environ.get("MIM_JAX_TRACEBACK"):
+            raise
+        return _fail(str(error) or type(error).__name__)
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 1
+
+
+def _train(arguments: list[str]) -> int:
+    values = flags.FlagValues()
+    _define_config(values, arguments)
+    flags.DEFINE_string(
+        "workdir", None, "Folder of the run; by default runs/CONFIG.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "init_from", None, "Weights to start from: short for --config.init_from.", flag_values=values
+    )
+    config = _parse(values, "train", arguments)
+    if values.init_from:
+        config.init_from = values.init_from
+    folder = Path(values.workdir or Path("runs") / values.config_name.replace(":", "-"))
+    _start_jax()
+    from mim_jax.training.interruption import EXIT_INTERRUPTED, Interrupted
+    from mim_jax.training.loop import train
+
+    console = Console()
+    try:
+        result = train(config, folder, console=console)
+    except Interrupted as stop:
+        console.print(str(stop), soft_wrap=True)
+        return EXIT_INTERRUPTED
+    if result.evaluation:
+        console.print(accuracy_table(result.evaluation))
+    if result.picture:
+        console.print(f"picture:     {result.picture}", soft_wrap=True)
+    console.print(f"checkpoint:  {result.folder}/checkpoints", soft_wrap=True)
+    return 0
+
+
+def _evaluate(arguments: list[str]) -> int:
+    values = flags.FlagValues()
+    flags.DEFINE_string("run", None, "Folder of a run.", flag_values=values)
+    flags.DEFINE_integer("step", None, "Checkpoint; the newest by default.", flag_values=values)
+    flags.DEFINE_list(
+        "protocol",
+        ["knn", "linear"],
+        "knn (weighted, cosine, k = 20), linear (logistic regression by L-BFGS on features), "
+        "linear_lars (the paper's recipe: augmentation, batch norm, LARS).",
+        flag_values=values,
+    )
+    flags.DEFINE_string("data", None, "Labelled data in place of the run's.", flag_values=values)
+    flags.DEFINE_enum("pool", None, ["method", "mean"], "Representation.", flag_values=values)
+    flags.DEFINE_bool("baselines", True, "Score baselines as well.", flag_values=values)
+    _parse_only(values, "evaluate", arguments)
+    _require(values, "evaluate", "run")
+    _start_jax()
+    from mim_jax.evaluation.run import evaluate_run
+
+    rows = evaluate_run(
+        Path(values.run),
+        step=values.step,
+        protocols=values.protocol,
+        data=values.data,
+        pool=values.pool,
+        baselines=values.baselines,
+    )
+    Console().print(accuracy_table(rows))
+    return 0
+
+
+def _inspect(arguments: list[str]) -> int:
+    values = flags.FlagValues()
+    _define_config(values, arguments)
+    flags.DEFINE_integer(
+        "devices", None, "Simulate so many CPU devices to see another mesh.", flag_values=values
+    )
+    config = _parse(values, "inspect", arguments)
+    if values.devices:
+        count = f"--xla_force_host_platform_device_count={values.devices}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    _start_jax()
+    from mim_jax.training.inspection import inspection
+
+    Console().print(*inspection(config), sep="\n")
+    return 0
+
+
+def _convert(arguments: list[str]) -> int:
+    values = flags.FlagValues()
+    if any(a.startswith("--config") for a in arguments):
+        _define_config(values, arguments)
+    flags.DEFINE_string("run", None, "Folder of a run to export.", flag_values=values)
+    flags.DEFINE_integer("step", None, "Checkpoint; the newest by default.", flag_values=values)
+    flags.DEFINE_string("input", None, "Official checkpoint to import.", flag_values=values)
+    flags.DEFINE_string(
+        "output", None, "File (.pth, .safetensors), or folder of a new run.", flag_values=values
+    )
+    config = _parse(values, "convert", arguments)
+    _require(values, "convert", "output")
+    if bool(values.run) == bool(values.input):
+        raise ValueError("convert needs either --run (to export) or --input (to import).")
+    _start_jax()
+    from mim_jax.conversion import official
+
+    if values.run:
+        note = official.export_run(Path(values.run), Path(values.output), step=values.step)
+    elif config is None:
+        raise ValueError("convert --input needs --config, the model that the file holds.")
+    else:
+        note = official.import_checkpoint(config, Path(values.input), Path(values.output))
+    print(note)
+    return 0
+
+
+HIDDEN_FLAGS = ("config", "config_name", "help", "flagfile", "undefok")
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "inspect": _inspect,
+    "convert": _convert,
+}
+
+
+def accuracy_table(rows: dict[str, dict[str, float]]) -> Table:
+    """Accuracies in per cent, a row for each encoder and a column for each protocol."""
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    table = Table(title="top-1 accuracy, %")
+    table.add_column("features")
+    for name in names:
+        table.add_column(name, justify="right")
+    for title, row in rows.items():
+        table.add_row(title, *(f"{100 * row[n]:.1f}" if n in row else "-" for n in names))
+    return table
+
+
+def _define_config(values: flags.FlagValues, arguments: list[str]) -> None:
+    """Takes `--config NAME` out of the arguments, and makes every field a flag.
+
+    Raises:
+        ValueError: if it is missing, or an override names an unknown field.
+    """
+    name = None
+    for i, argument in enumerate(arguments):
+        if argument == "--config" and i + 1 < len(arguments):
+            name = arguments[i + 1]
+            del arguments[i : i + 2]
+            break
+        if argument.startswith("--config="):
+            name = argument.partition("=")[2]
+            del arguments[i]
+            break
+    if "--help" in arguments:
+        name = name or "mae:tiny"
+    if name is None:
+        known = ", ".join(configs.known_configs())
+        raise ValueError(f"--config is missing; known configs are {known}, such as mae:tiny.")
+    config = configs.load(name)
+    for argument in arguments:
+        if argument.startswith("--config."):
+            configs.check_field(config, argument.removeprefix("--config.").partition("=")[0])
+    flags.DEFINE_string("config_name", name, "As given by --config.", flag_values=values)
+    config_flags.DEFINE_config_dict(
+        "config", config, "Fields of the config.", flag_values=values, sys_argv=["", *arguments]
+    )
+
+
+def _parse_only(values: flags.FlagValues, verb: str, arguments: list[str]) -> None:
+    flags.DEFINE_bool("help", False, "Show the flags.", short_name="h", flag_values=values)
+    rest = values([f"mim-jax {verb}", *arguments])[1:]
+    if values.help:
+        print(_help(values, verb))
+        raise SystemExit(0)
+    if rest:
+        raise ValueError(f"unexpected argument {rest[0]!r}; flags begin with --.")
+
+
+def _parse(
+    values: flags.FlagValues, verb: str, arguments: list[str]
+) -> ml_collections.ConfigDict | None:
+    """The config with all overrides, or None if the command has none."""
+    _parse_only(values, verb, arguments)
+    return values.config if "config" in values else None
+
+
+def _help(values: flags.FlagValues, verb: str) -> str:
+    """The flags of a verb, and the fields of its config with their values."""
+    lines = [f"mim-jax {verb}", ""]
+    for name in sorted(values):
+        flag = values[name]
+        if name == flag.name and name not in HIDDEN_FLAGS:
+            lines.append(f"  --{name}: {flag.help} Default: {flag.default}")
+    if "config" in values:
+        lines += ["  --config: Name of a config, or path of a config file, with :VARIANT.", ""]
+        lines += [f"  Fields, as set by {values.config_name}:"]
+        lines += [
+            f"    --config.{field}={value!r}" for field, value in configs.leaves(values.config).items()
+        ]
+    return "\n".join(lines)
+
+
+def _require(values: flags.FlagValues, verb: str, name: str) -> None:
+    if not values[name].value:
+        raise ValueError(f"{verb} needs --{name}.")
+
+
+def _start_jax() -> None:
+    """Keeps compiled programs between runs, unless the user chose a place already."""
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "mim_jax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
