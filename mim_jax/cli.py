@@ -27,7 +27,7 @@ mim-jax: masked image modelling in JAX and Flax
   mim-jax convert  --config mae:vit_b16 --input mae.pth --output DIR   and back
 
 Any field of the config is a flag: --config.batch_size=64 --config.data.source=folder:images
-`mim-jax VERB --help` lists the flags of a verb. MIM_JAX_TRACEBACK=1 shows the full trace of an error.
+`mim-jax VERB --help` lists the flags of a verb. MIM_JAX_TRACEBACK=1 shows the trace of an error.
 """
 
 
@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"unknown command {verb!r}; known are {', '.join(VERBS)}.")
     try:
         return VERBS[verb](arguments)
+    except _HelpShown:
+        return 0
     except flags.Error as error:
         return _fail(str(error))
     except (ValueError, OSError, ImportError, RuntimeError) as error:
@@ -53,7 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error) or type(error).__name__)
 
 
+class _HelpShown(Exception):
+    """The user asked for the flags of a verb, and has seen them."""
+
+
 def _fail(message: str) -> int:
+    """Prints an error as one message, and returns the exit code."""
     print(f"error: {message}", file=sys.stderr)
     return 1
 
@@ -65,12 +72,16 @@ def _train(arguments: list[str]) -> int:
         "workdir", None, "Folder of the run; by default runs/CONFIG.", flag_values=values
     )
     flags.DEFINE_string(
-        "init_from", None, "Weights to start from: short for --config.init_from.", flag_values=values
+        "init_from",
+        None,
+        "Weights to start from: short for --config.init_from.",
+        flag_values=values,
     )
     config = _parse(values, "train", arguments)
+    assert config is not None
     if values.init_from:
         config.init_from = values.init_from
-    folder = Path(values.workdir or Path("runs") / values.config_name.replace(":", "-"))
+    folder = Path(values.workdir or _default_workdir(values.config_name))
     _start_jax()
     from mim_jax.training.interruption import EXIT_INTERRUPTED, Interrupted
     from mim_jax.training.loop import train
@@ -87,6 +98,12 @@ def _train(arguments: list[str]) -> int:
         console.print(f"picture:     {result.picture}", soft_wrap=True)
     console.print(f"checkpoint:  {result.folder}/checkpoints", soft_wrap=True)
     return 0
+
+
+def _default_workdir(config_name: str) -> Path:
+    """`runs/mae-tiny` for `mae:tiny`, and for `some/folder/mae.py:tiny`."""
+    path, variant = configs.find(config_name)
+    return Path("runs") / "-".join(filter(None, (path.stem, variant)))
 
 
 def _evaluate(arguments: list[str]) -> int:
@@ -134,7 +151,9 @@ def _inspect(arguments: list[str]) -> int:
     _start_jax()
     from mim_jax.training.inspection import inspection
 
-    Console().print(*inspection(config), sep="\n")
+    # In a file or a pipe there is no width to keep to, and paths are best read in one piece.
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(*inspection(config), sep="\n")
     return 0
 
 
@@ -164,6 +183,8 @@ def _convert(arguments: list[str]) -> int:
     print(note)
     return 0
 
+
+HELP_FLAGS = {"--help", "-h"}
 
 HIDDEN_FLAGS = ("config", "config_name", "help", "flagfile", "undefok")
 
@@ -203,7 +224,7 @@ def _define_config(values: flags.FlagValues, arguments: list[str]) -> None:
             name = argument.partition("=")[2]
             del arguments[i]
             break
-    if "--help" in arguments:
+    if not HELP_FLAGS.isdisjoint(arguments):
         name = name or "mae:tiny"
     if name is None:
         known = ", ".join(configs.known_configs())
@@ -223,7 +244,7 @@ def _parse_only(values: flags.FlagValues, verb: str, arguments: list[str]) -> No
     rest = values([f"mim-jax {verb}", *arguments])[1:]
     if values.help:
         print(_help(values, verb))
-        raise SystemExit(0)
+        raise _HelpShown
     if rest:
         raise ValueError(f"unexpected argument {rest[0]!r}; flags begin with --.")
 
@@ -247,7 +268,8 @@ def _help(values: flags.FlagValues, verb: str) -> str:
         lines += ["  --config: Name of a config, or path of a config file, with :VARIANT.", ""]
         lines += [f"  Fields, as set by {values.config_name}:"]
         lines += [
-            f"    --config.{field}={value!r}" for field, value in configs.leaves(values.config).items()
+            f"    --config.{field}={value!r}"
+            for field, value in configs.leaves(values.config).items()
         ]
     return "\n".join(lines)
 
@@ -261,7 +283,7 @@ def _start_jax() -> None:
     """Keeps compiled programs between runs, unless the user chose a place already."""
     import jax
 
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(home) / "mim_jax" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

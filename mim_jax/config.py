@@ -1,12 +1,12 @@
 """Loads a config by file or name, fills defaults and checks every field.
 
-A config file has one function, `get_config(variant) -> ConfigDict`, and lists only what its
-method changes. Everything else comes from `defaults`, which is the list of all fields.
+A config file has `VARIANTS`, a tuple of names, and a function `get_config(variant) -> ConfigDict`
+whose argument has a default. It lists only what its method changes; everything else comes from
+`defaults`, which is the list of all fields.
 """
 
 import difflib
 import importlib.util
-import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +20,9 @@ CONFIG_FOLDERS = (PACKAGE / "configs", PACKAGE.parent / "configs")
 
 FREE_FIELDS = ("model", "optimizer.groups", "sharding.rules")
 """Parts whose fields belong to the method or the user, so that `defaults` cannot list them."""
+
+COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""Types of matrix products."""
 
 
 def defaults() -> ml_collections.ConfigDict:
@@ -177,10 +180,15 @@ def load(name: str, overrides: Mapping[str, Any] | None = None) -> ml_collection
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    absent = [name for name in ("VARIANTS", "get_config") if not hasattr(module, name)]
+    if absent:
+        raise ValueError(
+            f"config file {path} defines no {' and no '.join(absent)}; it needs "
+            "get_config(variant) and VARIANTS, as configs/mae.py has them."
+        )
     known = list(module.VARIANTS)
     if variant is None:
-        default = inspect.signature(module.get_config).parameters["variant"].default
-        given = module.get_config(default)
+        given = module.get_config()
     elif variant in known:
         given = module.get_config(variant)
     else:
@@ -219,7 +227,7 @@ def override(config: ml_collections.ConfigDict, values: Mapping[str, Any]) -> No
     for field, value in values.items():
         check_field(config, field)
         parent, _, leaf = field.rpartition(".")
-        part = config[parent] if parent and "." not in parent else _descend(config, parent)
+        part = _descend(config, parent)
         old = part[leaf]
         if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
@@ -243,6 +251,7 @@ def check_field(config: ml_collections.ConfigDict, field: str) -> None:
 
 
 def _descend(config: ml_collections.ConfigDict, parent: str) -> ml_collections.ConfigDict:
+    """The part of a config by dotted name; the whole for an empty name."""
     for name in filter(None, parent.split(".")):
         config = config[name]
     return config
@@ -266,27 +275,40 @@ def to_json(config: ml_collections.ConfigDict) -> str:
 
 def from_json(content: str | Mapping[str, Any]) -> ml_collections.ConfigDict:
     """A config that `to_json` wrote, as text or as what JSON makes of it."""
-    fields = json.loads(content) if isinstance(content, str) else dict(content)
-    return complete(_tuples(ml_collections.ConfigDict(fields)))
+    fields = json.loads(content) if isinstance(content, str) else content
+    return complete(ml_collections.ConfigDict(_tuples(fields)))
 
 
-def _tuples(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    for key, value in config.items():
-        if isinstance(value, ml_collections.ConfigDict):
-            _tuples(value)
-        elif isinstance(value, list):
-            config[key] = tuple(value)
-    return config
+def _tuples(value: Any) -> Any:
+    """JSON's lists as tuples, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: _tuples(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return tuple(_tuples(item) for item in value)
+    return value
 
 
 def resolve(config: ml_collections.ConfigDict, platform: str) -> ml_collections.ConfigDict:
-    """A copy in which values that depend on the machine are filled in.
+    """A copy in which values that depend on the machine are filled in, checked across fields.
 
     Args:
         config: a complete config.
         platform: the JAX backend, such as "cpu", "gpu" or "tpu".
+
+    Raises:
+        ValueError: for an unknown compute type, or statistics of another number of channels.
     """
     config = config.copy_and_resolve_references()
+    if config.compute_dtype not in COMPUTE_DTYPES:
+        raise ValueError(
+            f"compute_dtype is {config.compute_dtype!r}; known are {', '.join(COMPUTE_DTYPES)}."
+        )
+    for field in ("mean", "std"):
+        if len(config.data[field]) != config.data.channels:
+            raise ValueError(
+                f"data.{field} is {config.data[field]}, but data.channels is "
+                f"{config.data.channels}; give one value for each channel."
+            )
     if config.compute_dtype == "auto":
         config.compute_dtype = "float32" if platform == "cpu" else "bfloat16"
     return config

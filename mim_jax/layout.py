@@ -27,10 +27,8 @@ AS_IS = Transform(lambda x: x, lambda x: x)
 """The same array on both sides: biases, norm scales, tokens."""
 
 
-def linear(
-    inputs: Sequence[int] | None = None, outputs: Sequence[int] | None = None
-) -> Transform:
-    """A PyTorch Linear weight `[out, in]` as a kernel `[*inputs, *outputs]`, by default `[in, out]`.
+def linear(inputs: Sequence[int] | None = None, outputs: Sequence[int] | None = None) -> Transform:
+    """A PyTorch Linear weight `[out, in]` as a kernel `[*inputs, *outputs]`; default `[in, out]`.
 
     `linear(outputs=(3, 12, 64))` is a fused query-key-value projection with 12 heads; its rows
     are ordered q, k, v, inside each by head.
@@ -127,7 +125,8 @@ class Layout:
         def skipped(key: str) -> bool:
             return any(re.fullmatch(pattern, key) for pattern in absent)
 
-        expected = {item.key for item in (*self.rules, *self.constants) if not skipped(item.key)}
+        known = [rule.key for rule in self.rules] + [table.key for table in self.constants]
+        expected = {key for key in known if not skipped(key)}
         problems = [f"missing: {key}" for key in sorted(expected - set(state))]
         problems += [f"unexpected: {key}" for key in sorted(set(state) - expected)]
         pieces: dict[str, dict[int | None, Array]] = {}
@@ -231,9 +230,7 @@ def transformer_rules(
     for i in range(depth):
         block = f"{path}/blocks" if scan else f"{path}/blocks_{i}"
         for official, ours, transform in table:
-            yield Rule(
-                f"{key}.{i}.{official}", f"{block}/{ours}", transform, i if scan else None
-            )
+            yield Rule(f"{key}.{i}.{official}", f"{block}/{ours}", transform, i if scan else None)
 
 
 def layer_norm_rules(key: str, path: str) -> tuple[Rule, Rule]:

@@ -29,7 +29,7 @@ def num_kept(tokens: int, mask_ratio: float) -> int:
     `int(0.9999...) = 0`.
 
     Raises:
-        ValueError: if the ratio lies outside [0, 1), leaves no token, or removes none.
+        ValueError: if the ratio is not strictly between 0 and 1, leaves no token, or removes none.
     """
     if not 0 < mask_ratio < 1:
         raise ValueError(f"mask_ratio is {mask_ratio}; it must lie strictly between 0 and 1.")
@@ -87,13 +87,16 @@ def token_grid(image_size: Sequence[int], patch_size: Sequence[int]) -> tuple[in
     """Patches along each axis of an image, for example `(14, 14)` for 224 pixels and patch 16.
 
     Raises:
-        ValueError: if a side of the image is no multiple of the patch.
+        ValueError: if a side of the image is no multiple of the patch, or a side of the patch is
+            not positive.
     """
     if len(image_size) != len(patch_size):
         raise ValueError(
             f"image_size {tuple(image_size)} and patch_size {tuple(patch_size)} must have the "
             "same number of axes."
         )
+    if min(patch_size) < 1:
+        raise ValueError(f"patch_size is {tuple(patch_size)}; every side must be at least 1 pixel.")
     if any(size % patch or size < patch for size, patch in zip(image_size, patch_size)):
         nearest = tuple(
             max(1, round(size / patch)) * patch for size, patch in zip(image_size, patch_size)

@@ -65,7 +65,7 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Input:
-    """A batch entry that a method needs: rank with the batch axis, and a NumPy kind.
+    """A batch entry that a method needs: its shape and its kind of number.
 
     Attributes:
         shape: expected shape without the batch axis; None where any size will do.
@@ -174,9 +174,8 @@ class Method(abc.ABC):
                     f"gives only {sorted(batch)}."
                 )
             given = batch[name]
-            kind = np.dtype(given.dtype).kind
-            is_number = kind in ("iu" if wanted.dtype == "int" else "fu")
-            if not is_number and str(given.dtype) != "bfloat16":
+            kind = "f" if str(given.dtype) == "bfloat16" else np.dtype(given.dtype).kind
+            if kind not in ("iu" if wanted.dtype == "int" else "fu"):
                 raise ValueError(
                     f"batch entry {name!r} has type {given.dtype}; expected {wanted.dtype}."
                 )
@@ -197,11 +196,20 @@ _REGISTRY: dict[str, type[Method]] = {}
 
 
 def register(name: str) -> Callable[[type[Method]], type[Method]]:
-    """Class decorator that makes a method known by name."""
+    """Class decorator that makes a method known by name.
+
+    Raises:
+        ValueError: from the decorator, if another class has the name already. The same class may
+            come again, as it does when a notebook reloads its module.
+    """
 
     def add(cls: type[Method]) -> type[Method]:
-        if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
-            raise ValueError(f"two methods are called {name!r}")
+        other = _REGISTRY.get(name, cls)
+        if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(
+                f"two methods are called {name!r}: {other.__module__}.{other.__qualname__} and "
+                f"{cls.__module__}.{cls.__qualname__}; rename one."
+            )
         _REGISTRY[name] = cls
         return cls
 

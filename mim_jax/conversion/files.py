@@ -1,10 +1,12 @@
 """Reads and writes state dicts: `.safetensors` without PyTorch, `.pth` with it."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  # gives NumPy the bfloat16 that safetensors files may hold
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -49,9 +51,7 @@ def write_state_dict(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
     """
     path = Path(path)
     if path.suffix != ".safetensors" and path.suffix not in TORCH_SUFFIXES:
-        raise ValueError(
-            f"{path}: unknown kind {path.suffix!r}; write .safetensors or .pth."
-        )
+        raise ValueError(f"{path}: unknown kind {path.suffix!r}; write .safetensors or .pth.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     if path.suffix == ".safetensors":
@@ -83,7 +83,14 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # PyTorch raises many kinds for damaged or unsafe files
-        raise ValueError(f"{path} is not a readable PyTorch checkpoint: {error}") from error
+        unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = (
+            f"it holds a {unsafe[1]}, and loading that could run code of the file's author. Write "
+            "the state dict alone to a new file."
+            if unsafe
+            else f"it is damaged or of another kind ({type(error).__name__})."
+        )
+        raise ValueError(f"{path} is not a readable PyTorch checkpoint: {reason}") from error
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
@@ -92,4 +99,4 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     )
     if not is_state or not content:
         raise ValueError(f"{path} holds no state dict, neither directly nor under {WRAPPERS}.")
-    return {key: value.float().numpy() for key, value in content.items()}
+    return {key: value.detach().float().numpy() for key, value in content.items()}

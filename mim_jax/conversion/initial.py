@@ -1,5 +1,6 @@
 """Starts a run from given weights: `config.init_from`."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +36,27 @@ def initialize_from(path: str, method: Method, state: TrainState) -> tuple[Train
     else:
         given = read_official(path, method, state.params)
     old = flatten(state.params)
-    new = {name: jax.device_put(value, old[name].sharding) for name, value in flatten(given).items()}
+    new = {
+        name: jax.device_put(value, old[name].sharding) for name, value in flatten(given).items()
+    }
     kept = sorted(set(old) - set(new))
     notes = [f"initialized {len(new)} of {len(old)} parameters from {path}"]
     if kept:
         notes.append(f"not in the file, so at their initial values: {', '.join(kept)}")
     params = start_ema(method, unflatten({**old, **new}))
-    return state.replace(params=params), notes
+    return dataclasses.replace(state, params=params), notes
 
 
 def read_official(path: str, method: Method, like: Any) -> dict[str, Any]:
     """Parameters from an official checkpoint, through the method's layout.
 
+    Args:
+        path: the file.
+        method: the method whose layout reads it.
+        like: the method's parameters, or their shapes.
+
     Raises:
+        FileNotFoundError: if there is no such file.
         ValueError: if the method has no layout, or the file does not fit.
     """
     layout = method.layout()

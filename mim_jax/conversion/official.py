@@ -1,8 +1,8 @@
 """Between a run of ours and a method's official checkpoint, both ways."""
 
+import contextlib
 from pathlib import Path
 
-import jax
 import ml_collections
 import numpy as np
 
@@ -27,7 +27,9 @@ def export_run(run: Path, output: Path, step: int | None = None) -> str:
         A note on what was written.
 
     Raises:
-        ValueError: if the method has no official checkpoint, or its parameters do not fit it.
+        FileNotFoundError: if the folder holds no complete checkpoint, or not that one.
+        ValueError: if the method has no official checkpoint, its parameters do not fit it, or the
+            output is of an unknown kind.
     """
     variables, about = read_variables(run, step)
     method = method_class(about["method"]).build(
@@ -57,18 +59,17 @@ def import_checkpoint(config: ml_collections.ConfigDict, source: Path, run: Path
         Notes on what was read.
 
     Raises:
+        FileNotFoundError: if there is no such file.
         ValueError: if the file does not fit the model, or the run exists already.
     """
-    experiment = Experiment.build(config, examples=1000 * config.batch_size, devices=jax.devices()[:1])
-    checkpoints = Checkpoints(run, experiment.config)
-    try:
+    experiment = Experiment.on_one_device(config)
+    state = experiment.initial_state(image_shapes(experiment.config))
+    state, notes = initialize_from(str(source), experiment.method, state)
+    # Opened last, since it creates the folder: a file that does not fit leaves nothing behind.
+    with contextlib.closing(Checkpoints(run, experiment.config)) as checkpoints:
         if checkpoints.latest_step() is not None:
             raise ValueError(f"{run} holds checkpoints already; choose another --output.")
-        state = experiment.initial_state(image_shapes(experiment.config))
-        state, notes = initialize_from(str(source), experiment.method, state)
         checkpoints.save(state, 0)
         checkpoints.wait()
-    finally:
-        checkpoints.close()
     (run / "config.json").write_text(configs.to_json(experiment.config))
     return "\n".join([*notes, f"wrote the run {run}"])

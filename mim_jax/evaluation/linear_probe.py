@@ -20,6 +20,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
 
 from mim_jax import config as configs
 from mim_jax.data.on_device import normalize, random_flip
@@ -82,7 +83,9 @@ def linear_accuracy(
     classifier = LogisticRegression(
         C=1 / (L2_STRENGTH * len(train)), max_iter=MAX_ITERATIONS, solver="lbfgs"
     )
-    with warnings.catch_warnings():
+    # One thread adds up in one order, so the result repeats; and threads of linear algebra that
+    # wait for each other make this many times slower on a busy machine.
+    with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         classifier.fit((train - mean) / deviation, train_labels)
     predicted = classifier.predict((np.asarray(test_features, np.float64) - mean) / deviation)

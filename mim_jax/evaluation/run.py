@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-
 from mim_jax import config as configs
 from mim_jax.evaluation.protocols import compare_with_baselines, evaluate
 from mim_jax.training.checkpoints import read_variables
@@ -40,9 +38,7 @@ def evaluate_run(
         config.evaluate.source = data
     if pool:
         config.evaluate.pool = pool
-    experiment = Experiment.build(
-        config, examples=1000 * config.batch_size, devices=jax.devices()[:1]
-    )
+    experiment = Experiment.on_one_device(config)
     if not baselines:
         return {"trained": evaluate(experiment.method, variables, config, protocols)}
     untrained = experiment.initial_state(image_shapes(experiment.config)).variables

@@ -76,7 +76,11 @@ class MAE(Method):
 
     @classmethod
     def build(cls, config: ml_collections.ConfigDict) -> "MAE":
-        """Reads `config.model`, `config.data.image_size` and `config.data.channels`."""
+        """Reads `config.model`, `config.compute_dtype`, and size and channels from `config.data`.
+
+        Raises:
+            ValueError: if image, patch, model size and mask ratio do not fit together.
+        """
         model = config.model
         size = vit_size(model.size, width=model.width, depth=model.depth, heads=model.heads)
         image_size, patch_size = tuple(config.data.image_size), tuple(model.patch_size)
@@ -89,7 +93,8 @@ class MAE(Method):
             dtype=jnp.dtype(config.compute_dtype),
             attention=model.attention or None,
         )
-        encoder = ViT(image_size, patch_size, config.data.channels, **size, **shared)
+        sizes = (size["width"], size["depth"], size["heads"])
+        encoder = ViT(image_size, patch_size, config.data.channels, *sizes, **shared)
         decoder = MaskedDecoder(
             encoder.grid,
             outputs=patch_size[0] * patch_size[1] * config.data.channels,
@@ -117,6 +122,14 @@ class MAE(Method):
         rows, columns = self.model.encoder.grid
         return rows * columns
 
+    def reconstruct(
+        self, variables: Variables, images: jax.Array, noise: jax.Array
+    ) -> Reconstruction:
+        """One forward pass, see `MaskedAutoencoder`."""
+        output = self.model.apply(variables, images, noise)
+        assert isinstance(output, Reconstruction)
+        return output
+
     def target(self, images: jax.Array) -> jax.Array:
         """What to predict for every patch, `[batch, tokens, values]`, float32."""
         patches = targets.patchify(images.astype(jnp.float32), self.model.encoder.patch_size)
@@ -133,12 +146,12 @@ class MAE(Method):
         """Reconstruction loss under a fresh random mask."""
         images = batch["image"]
         noise = jax.random.uniform(rngs["mask"], (images.shape[0], self.tokens))
-        output = self.model.apply(variables, images, noise)
-        return self.reconstruction_loss(images, output), Aux()
+        return self.reconstruction_loss(images, self.reconstruct(variables, images, noise)), Aux()
 
     def features(self, variables: Variables, batch: Batch) -> Features:
         """Class token and patch tokens of whole images, after the final norm."""
         latent = self.model.apply(variables, batch["image"], method=MaskedAutoencoder.encode)
+        assert isinstance(latent, jax.Array)
         return Features(latent[:, 0], latent[:, 1:], self.model.encoder.grid)
 
     def pictures(
@@ -152,7 +165,7 @@ class MAE(Method):
         images = batch["image"].astype(jnp.float32)
         encoder = self.model.encoder
         noise = jax.random.uniform(rngs["mask"], (images.shape[0], self.tokens))
-        output = self.model.apply(variables, images, noise)
+        output = self.reconstruct(variables, images, noise)
         patches = targets.patchify(images, encoder.patch_size)
         pred = output.pred.astype(jnp.float32)
         caption = "Loss on removed patches only; the prediction for visible ones is not trained."
@@ -184,9 +197,7 @@ class MAE(Method):
         return layout.Layout(
             rules=(
                 layout.Rule("cls_token", "encoder/cls_token"),
-                layout.Rule(
-                    "patch_embed.proj.weight", "encoder/patch_embed/kernel", layout.CONV2D
-                ),
+                layout.Rule("patch_embed.proj.weight", "encoder/patch_embed/kernel", layout.CONV2D),
                 layout.Rule("patch_embed.proj.bias", "encoder/patch_embed/bias"),
                 *layout.transformer_rules(
                     "blocks",

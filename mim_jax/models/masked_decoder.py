@@ -1,6 +1,6 @@
 """The decoder of a masked autoencoder: mask tokens, blocks and a linear prediction (MAE)."""
 
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -30,7 +30,7 @@ class MaskedDecoder(nn.Module):
     scan: bool = False
     remat: str = "none"
     dtype: Any = jnp.float32
-    attention: str | None = None
+    attention: Literal["xla", "cudnn"] | None = None
 
     @nn.compact
     def __call__(self, tokens: jax.Array, restore_ids: jax.Array) -> jax.Array:

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def sincos_positions(
-    grid: Sequence[int], width: int, leading_tokens: int = 0
-) -> np.ndarray:
+def sincos_positions(grid: Sequence[int], width: int, leading_tokens: int = 0) -> np.ndarray:
     """The 2-D sine-cosine table of the MAE code, float32 `[leading_tokens + tokens, width]`.
 
     The first half of the channels encodes the column and the second half the row; inside a half

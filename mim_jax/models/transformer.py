@@ -1,6 +1,6 @@
 """Pre-norm transformer blocks (Dosovitskiy et al., 2021), as MAE and its descendants use them."""
 
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -19,9 +19,7 @@ REMAT_POLICIES = {
 
 def layer_norm(name: str, dtype: Any) -> nn.LayerNorm:
     """LayerNorm with float32 statistics, computed in two passes as PyTorch does."""
-    return nn.LayerNorm(
-        epsilon=LAYER_NORM_EPSILON, use_fast_variance=False, dtype=dtype, name=name
-    )
+    return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, use_fast_variance=False, dtype=dtype, name=name)
 
 
 class Attention(nn.Module):
@@ -33,11 +31,15 @@ class Attention(nn.Module):
 
     heads: int
     dtype: Any = jnp.float32
-    implementation: str | None = None
+    implementation: Literal["xla", "cudnn"] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `[batch, tokens, width]` to the same shape."""
+        """Maps `[batch, tokens, width]` to the same shape.
+
+        Raises:
+            ValueError: if the heads do not divide the width.
+        """
         width = x.shape[-1]
         if width % self.heads:
             raise ValueError(f"width {width} is not divisible by {self.heads} attention heads.")
@@ -75,7 +77,7 @@ class Block(nn.Module):
     heads: int
     mlp_ratio: float = 4.0
     dtype: Any = jnp.float32
-    attention: str | None = None
+    attention: Literal["xla", "cudnn"] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -105,21 +107,30 @@ class Transformer(nn.Module):
     scan: bool = False
     remat: str = "none"
     dtype: Any = jnp.float32
-    attention: str | None = None
+    attention: Literal["xla", "cudnn"] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, list[jax.Array] | jax.Array]:
-        """Returns the last output and all outputs of the blocks, each `[batch, tokens, width]`."""
+        """Maps `[batch, tokens, width]` to the same shape.
+
+        Returns:
+            The last output, and the outputs of all blocks: a list, or under `scan` one array
+            `[depth, batch, tokens, width]`.
+
+        Raises:
+            ValueError: for an unknown name in `remat`.
+        """
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat is {self.remat!r}; known are {', '.join(REMAT_POLICIES)}.")
         block = Block
         if self.remat != "none":
             # Under scan, common subexpressions cannot leak out of the loop body.
-            block = nn.remat(
-                Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan
-            )
+            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan)
         settings = dict(
             heads=self.heads, mlp_ratio=self.mlp_ratio, dtype=self.dtype, attention=self.attention
         )
         if self.scan:
+
             def body(module: nn.Module, carry: jax.Array) -> tuple[jax.Array, jax.Array]:
                 carry = module(carry)
                 return carry, carry

@@ -1,6 +1,6 @@
 """The Vision Transformer encoder (Dosovitskiy et al., 2021), with the choices of the MAE code."""
 
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -81,7 +81,7 @@ class ViT(nn.Module):
     scan: bool = False
     remat: str = "none"
     dtype: Any = jnp.float32
-    attention: str | None = None
+    attention: Literal["xla", "cudnn"] | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -102,7 +102,7 @@ class ViT(nn.Module):
 
         Returns:
             The normalized tokens `[batch, 1 + kept, width]`, class token first, and the outputs
-            of all blocks before the final norm, each of the same shape.
+            of all blocks before the final norm, see `Transformer`.
 
         Raises:
             ValueError: if the images do not have the size and channels of the model.

@@ -22,9 +22,7 @@ from mim_jax.training.versions import versions
 FOLDER = "checkpoints"
 
 
-def _manager(
-    folder: Path, options: ocp.CheckpointManagerOptions
-) -> ocp.CheckpointManager:
+def _manager(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
     handlers = {
         "variables": ocp.StandardCheckpointHandler(),
         "progress": ocp.StandardCheckpointHandler(),
@@ -122,9 +120,7 @@ class Checkpoints:
             ),
         )
         variables = dict(restored["variables"])
-        return TrainState(
-            params=variables.pop("params"), mutable=variables, **restored["progress"]
-        )
+        return TrainState(params=variables.pop("params"), mutable=variables, **restored["progress"])
 
     def _check_shapes(self, like: TrainState, step: int) -> None:
         """Compares variables by path before Orbax reads them, for a message one can act on."""

@@ -1,6 +1,7 @@
 """What a config describes, ready to run: method, mesh, optimizer, initial state, compiled step."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -82,6 +83,21 @@ class Experiment:
             total_steps=total,
         )
 
+    @classmethod
+    def without_data(
+        cls, config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
+    ) -> "Experiment":
+        """An experiment for its model and state alone; its schedules mean nothing."""
+        epochs = math.ceil(config.schedule.warmup_epochs + 1)
+        return cls.build(config, examples=epochs * config.batch_size, devices=devices)
+
+    @classmethod
+    def on_one_device(cls, config: ml_collections.ConfigDict) -> "Experiment":
+        """`without_data` on the first device, whatever mesh the config was trained on."""
+        config = config.copy_and_resolve_references()
+        config.update(mesh=dict(data=1, fsdp=1, tensor=1), accumulate=1)
+        return cls.without_data(config, jax.devices()[:1])
+
     def prepare(self, batch: Batch, rng: jax.Array) -> Batch:
         """What the step does first: flips, and normalizes uint8 images to float32."""
         data = self.config.data
@@ -135,7 +151,9 @@ class Experiment:
         where = jax.tree.map(lambda leaf: leaf.sharding, state)
         rows = sharding.batch_sharding(self.mesh)
         step_function = jax.jit(
-            self.train_step(), in_shardings=(where, rows), out_shardings=(where, None),
+            self.train_step(),
+            in_shardings=(where, rows),
+            out_shardings=(where, None),
             donate_argnums=0,
         )
         return step_function.lower(state, self.global_batch(shapes)).compile()

@@ -67,15 +67,13 @@ def _count(jaxpr: jax_core.Jaxpr) -> float:
         name = equation.primitive.name
         if name == "dot_general":
             (contract, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(
-                left[axis] for axis in contract
-            )
+            inner = math.prod(_shape(equation.invars[0])[axis] for axis in contract)
+            total += 2 * math.prod(_shape(equation.outvars[0])) * inner
         elif name == "conv_general_dilated":
-            kernel = equation.invars[1].aval.shape
+            kernel = _shape(equation.invars[1])
             out_axis = equation.params["dimension_numbers"].rhs_spec[0]
             per_output = math.prod(kernel) / kernel[out_axis]
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * per_output
+            total += 2 * math.prod(_shape(equation.outvars[0])) * per_output
         elif name == "cond":
             total += max(_count(branch.jaxpr) for branch in equation.params["branches"])
         else:
@@ -83,6 +81,10 @@ def _count(jaxpr: jax_core.Jaxpr) -> float:
             for inner in _inner_jaxprs(equation.params):
                 total += repeats * _count(inner)
     return total
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
 
 
 def _inner_jaxprs(params: dict[str, Any]) -> list[jax_core.Jaxpr]:

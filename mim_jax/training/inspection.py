@@ -6,7 +6,7 @@ from rich.table import Table
 
 from mim_jax.training.experiment import Experiment, image_shapes
 from mim_jax.training.sharding import bytes_per_device
-from mim_jax.training.state import split_trainable
+from mim_jax.training.state import TrainState, split_trainable
 from mim_jax.training.tree import flatten, path_string
 
 
@@ -15,9 +15,11 @@ def inspection(config: ml_collections.ConfigDict) -> tuple[Table, str]:
 
     Args:
         config: a complete config; its data are not read.
+
+    Raises:
+        ValueError: for anything in the config that does not fit together.
     """
-    # Shapes do not depend on the length of an epoch: any number of examples serves.
-    experiment = Experiment.build(config, examples=1000 * config.batch_size)
+    experiment = Experiment.without_data(config)
     shapes = image_shapes(experiment.config)
     state = experiment.abstract_state(shapes)
     trainable = flatten(split_trainable(experiment.method, state.params)[0])
@@ -34,10 +36,10 @@ def inspection(config: ml_collections.ConfigDict) -> tuple[Table, str]:
             f"{bytes_per_device(leaf, leaf.sharding):,}",
             "yes" if path in trainable else "no",
         )
-    return table, _summary(experiment, state, len(trainable))
+    return table, _summary(experiment, state, sum(leaf.size for leaf in trainable.values()))
 
 
-def _summary(experiment: Experiment, state: object, trainable: int) -> str:
+def _summary(experiment: Experiment, state: TrainState, trained: int) -> str:
     config, mesh = experiment.config, experiment.mesh
     sizes: dict[str, int] = {}
     total = 0
@@ -48,7 +50,7 @@ def _summary(experiment: Experiment, state: object, trainable: int) -> str:
     flops = experiment.flops_per_step(image_shapes(config))
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     lines = [
-        f"parameters:  {total:,} in {trainable} trained tensors",
+        f"parameters:  {total:,}, of which {trained:,} are trained",
         f"mesh:        {axes}; strategy {config.sharding.strategy}",
         f"per device:  parameters {sizes['params'] / 2**20:,.1f} MiB, optimizer state "
         f"{sizes['opt_state'] / 2**20:,.1f} MiB (activations and gradients come on top)",

@@ -3,10 +3,12 @@
 import collections
 import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from mim_jax.conversion.initial import initialize_from
 from mim_jax.data import EvaluationCrop, Source, evaluation_batches, open_source, train_batches
 from mim_jax.data.on_device import denormalize, normalize
 from mim_jax.evaluation.protocols import check_protocols, compare_with_baselines, evaluate
+from mim_jax.method import Picture
 from mim_jax.training.checkpoints import Checkpoints
 from mim_jax.training.experiment import Experiment, training_crop, training_source
 from mim_jax.training.feed import DeviceFeed, HostBatch
@@ -139,21 +142,20 @@ class _Run:
 
     def train(self, first_step: int) -> Result:
         """Runs all remaining steps, then evaluates."""
-        experiment, total = self.experiment, self.experiment.total_steps
+        total = self.experiment.total_steps
         with contextlib.closing(self._host_batches(first_step)) as host_batches:
             first_batch = next(host_batches)
             self.experiment.method.check(first_batch)
             state = self._state(first_step, first_batch)
             if first_step < total:
-                batches = _chain(first_batch, host_batches)
-                state = self._steps(state, first_step, batches)
+                state = self._steps(state, first_step, first_batch, host_batches)
         self.save(state, total)
         self.checkpoints.wait()
         self._pictures(state, total)
         evaluation = self._final_evaluation(state, first_batch)
         return Result(state, evaluation, self.picture_path, self.folder)
 
-    def _host_batches(self, first_step: int) -> Iterator[HostBatch]:
+    def _host_batches(self, first_step: int) -> Generator[HostBatch, None, None]:
         config = self.config
         batches = train_batches(
             self.source,
@@ -197,13 +199,19 @@ class _Run:
                 self.log.note(note)
         return state
 
-    def _steps(self, state: TrainState, first_step: int, batches: Iterator[HostBatch]) -> TrainState:
+    def _steps(
+        self,
+        state: TrainState,
+        first_step: int,
+        first_batch: HostBatch,
+        more_batches: Iterator[HostBatch],
+    ) -> TrainState:
         experiment, config, total = self.experiment, self.config, self.experiment.total_steps
-        first_batch, batches = _peek(batches)
         self._announce(state, first_batch)
         started = time.perf_counter()
         step_function = experiment.compiled_step(first_batch)
         self.log.note(f"compiled the train step in {time.perf_counter() - started:.1f} s")
+        batches = itertools.chain([first_batch], more_batches)
         feed = DeviceFeed(batches, batch_sharding(experiment.mesh))
         meter = _Meter(config, experiment.flops_per_step(first_batch), experiment.mesh.size)
         pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
@@ -211,7 +219,7 @@ class _Run:
         for step in range(first_step + 1, total + 1):
             batch = next(feed)
             # Waiting counts only if the devices had nothing left to do by the time data came.
-            idle = not metrics or metrics["loss"].is_ready()
+            idle = not metrics or metrics["loss"].is_ready()  # type: ignore[attr-defined]
             meter.waited(feed, idle)
             state, metrics = step_function(state, batch)
             pending.append((step, metrics))
@@ -268,7 +276,8 @@ class _Run:
         )
         total = self.experiment.total_steps
         if self._due(step, self.config.log.every_steps) or step == total:
-            self.log.metrics(step, {"epoch": step / self.experiment.steps_per_epoch, **meter.read()})
+            epoch = step / self.experiment.steps_per_epoch
+            self.log.metrics(step, {"epoch": epoch, **meter.read()})
 
     def _leave(self, state: TrainState, step: int) -> None:
         """Saves and raises, after a signal."""
@@ -299,16 +308,15 @@ class _Run:
             }
             self.picture_path = self.log.picture(step, name, picture_grid(columns, picture.caption))
 
-    @property
-    def _picture_function(self) -> Callable[[Any], dict[str, Any]]:
+    @functools.cached_property
+    def _picture_function(self) -> Callable[[Any], dict[str, Picture]]:
         """Pictures of the same images with the same masks every time."""
-        if not hasattr(self, "_pictures_of"):
-            config, method = self.config, self.experiment.method
-            images = normalize(_sample_images(config, self.source), config.data.mean, config.data.std)
-            rngs = stream_keys(jax.random.key(config.seed), method.streams)
-            compiled = jax.jit(lambda variables, batch: method.pictures(variables, batch, rngs))
-            self._pictures_of = lambda variables: compiled(variables, {"image": images})
-        return self._pictures_of
+        config, method = self.config, self.experiment.method
+        images = jax.numpy.asarray(_sample_images(config, self.source))
+        images = normalize(images, config.data.mean, config.data.std)
+        rngs = stream_keys(jax.random.key(config.seed), method.streams)
+        compiled = jax.jit(lambda variables, batch: method.pictures(variables, batch, rngs))
+        return lambda variables: compiled(variables, {"image": images})
 
     def _scores(self, state: TrainState, step: int) -> dict[str, float] | None:
         """Evaluation at the set interval, or None."""
@@ -320,9 +328,7 @@ class _Run:
         self.log.metrics(step, {f"eval/{name}": score for name, score in scores.items()})
         return scores
 
-    def _final_evaluation(
-        self, state: TrainState, batch: HostBatch
-    ) -> dict[str, dict[str, float]]:
+    def _final_evaluation(self, state: TrainState, batch: HostBatch) -> dict[str, dict[str, float]]:
         if not self.config.evaluate.protocols:
             return {}
         rows = compare_with_baselines(
@@ -396,16 +402,6 @@ class _Meter:
         }
         self._restart()
         return line
-
-
-def _chain(first: HostBatch, rest: Iterator[HostBatch]) -> Iterator[HostBatch]:
-    yield first
-    yield from rest
-
-
-def _peek(batches: Iterator[HostBatch]) -> tuple[HostBatch, Iterator[HostBatch]]:
-    first = next(batches)
-    return first, _chain(first, batches)
 
 
 def _sample_images(config: ml_collections.ConfigDict, source: Source) -> np.ndarray:

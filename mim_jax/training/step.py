@@ -80,11 +80,9 @@ def make_train_step(
                 batch,
                 accumulate,
             )
-        grad_norm = optax.global_norm(gradient)
+        grad_norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-        updates, opt_state = optimizer.update(
-            gradient, state.opt_state, trainable, step=state.step
-        )
+        updates, opt_state = optimizer.update(gradient, state.opt_state, trainable, step=state.step)
         params = tree.merge(optax.apply_updates(trainable, updates), fixed)
         params = follow(method.ema, params, state.step)
         skipped = jnp.where(finite, 0, 1).astype(jnp.int32)

@@ -54,7 +54,7 @@ def test_mean_pool_is_the_mean_of_patch_tokens_and_differs_from_the_methods_own(
 def test_features_of_mae_are_its_normalized_class_token():
     config = configs.load("mae:tiny", {"compute_dtype": "float32", "model.depth": 1})
     method = MAE.build(config)
-    variables = method.init(jax.random.key(0), {"image": jnp.zeros((1, 28, 28, 1))})
+    variables = jax.jit(method.init)(jax.random.key(0), {"image": jnp.zeros((1, 28, 28, 1))})
     images = jnp.asarray((images_and_labels(20)[0] / 255 - MEAN[0]) / STD[0], jnp.float32)
     encode = jax.jit(lambda v, x: method.model.apply(v, x, method="encode")[:, 0])
     features, _ = extract(method, variables, batches(20, batch_size=16))

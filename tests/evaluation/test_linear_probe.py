@@ -122,7 +122,7 @@ def test_batch_norm_refuses_a_single_example():
 def mae_and_variables():
     config = configs.load("mae:tiny", {"compute_dtype": "float32", "model.depth": 1})
     method = MAE.build(config)
-    return method, method.init(jax.random.key(1), IMAGES)
+    return method, jax.jit(method.init)(jax.random.key(1), IMAGES)
 
 
 @pytest.mark.parametrize("make", [mae_and_variables, lambda: (Toy(), toy_variables())])

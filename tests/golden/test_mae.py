@@ -212,7 +212,9 @@ def test_official_checkpoint_round_trip_is_exact(path):
         official = case.group("param")
         assert set(saved) == set(official)
         for key, value in official.items():
-            np.testing.assert_allclose(saved[key], value, atol=0 if "pos_embed" not in key else 1e-6)
+            np.testing.assert_allclose(
+                saved[key], value, atol=0 if "pos_embed" not in key else 1e-6
+            )
         again = flatten(method.layout().load(saved, params))
         for key, value in flatten(params).items():
             np.testing.assert_array_equal(again[key], value)

@@ -1,0 +1,117 @@
+"""Learning rates, decay groups, AdamW and LARS."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mim_jax import config as configs
+from mim_jax.method import Group
+from mim_jax.training.optimizer import (
+    build_optimizer,
+    build_schedules,
+    group_of,
+    is_decayed,
+    lars,
+    peak_rate,
+    warmup_cosine,
+)
+
+
+def test_schedule_is_zero_then_peak_then_minimum():
+    rate = warmup_cosine(2.0, min_lr=0.5, warmup_epochs=4, epochs=20, steps_per_epoch=10)
+    np.testing.assert_allclose([rate(0), rate(20), rate(40)], [0, 1, 2], atol=1e-6)
+    np.testing.assert_allclose(rate(120), 0.5 + 1.5 / 2, atol=1e-6)
+    np.testing.assert_allclose([rate(200), rate(300)], [0.5, 0.5], atol=1e-6)
+
+
+def test_schedule_without_warmup_starts_at_the_peak():
+    rate = warmup_cosine(2.0, min_lr=0.0, warmup_epochs=0, epochs=2, steps_per_epoch=10)
+    np.testing.assert_allclose(rate(0), 2.0)
+
+
+def test_warmup_longer_than_the_run_is_refused():
+    with pytest.raises(ValueError, match=r"schedule.warmup_epochs is 40, but the run has 10"):
+        warmup_cosine(1.0, min_lr=0, warmup_epochs=40, epochs=10, steps_per_epoch=5)
+
+
+def test_rate_scales_with_the_batch_unless_given():
+    config = configs.defaults().optimizer
+    config.base_lr = 1e-3
+    assert peak_rate(config, 1024) == pytest.approx(4e-3)
+    config.lr = 0.3
+    assert peak_rate(config, 1024) == 0.3
+
+
+def test_decay_spares_biases_scales_and_vectors_however_they_are_split_or_stacked():
+    def decayed(path, *shape):
+        return is_decayed(path, np.zeros(shape))
+
+    assert decayed("encoder/cls_token", 1, 1, 8)
+    assert decayed("encoder/transformer/blocks/attention/qkv/kernel", 2, 8, 3, 2, 4)
+    assert not decayed("encoder/transformer/blocks_0/attention/qkv/bias", 3, 2, 4)
+    assert not decayed("encoder/transformer/blocks/norm1/scale", 2, 8)
+    assert not decayed("anything", 8)
+
+
+def test_lars_is_the_formula_also_when_the_rate_changes():
+    config = configs.defaults().optimizer
+    config.update(dict(weight_decay=0.1, momentum=0.9, trust_coefficient=0.01))
+    rates = [0.1, 0.5, 0.2]
+    transform = optax.with_extra_args_support(lars(config, lambda step: jnp.asarray(rates)[step]))
+    generator = np.random.default_rng(0)
+    params = {"kernel": generator.normal(size=(4, 3)), "bias": generator.normal(size=3)}
+    expected = {name: value.copy() for name, value in params.items()}
+    momentum = {name: np.zeros_like(value) for name, value in params.items()}
+    ours = {name: jnp.asarray(value, jnp.float32) for name, value in params.items()}
+    state = transform.init(ours)
+    for i, rate in enumerate(rates):
+        gradient = {name: generator.normal(size=value.shape) for name, value in params.items()}
+        updates, state = transform.update(
+            {name: jnp.asarray(g, jnp.float32) for name, g in gradient.items()},
+            state,
+            ours,
+            step=i,
+        )
+        ours = optax.apply_updates(ours, updates)
+        for name, value in expected.items():
+            g = gradient[name]
+            if value.ndim > 1:
+                g = g + 0.1 * value
+                g = g * 0.01 * np.linalg.norm(value) / np.linalg.norm(g)
+            momentum[name] = 0.9 * momentum[name] + g
+            expected[name] = value - rate * momentum[name]
+            np.testing.assert_allclose(ours[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_first_matching_group_wins():
+    groups = (Group("heads", r"head"), Group("rest", r".*"))
+    assert group_of("model/head/kernel", groups) == "heads"
+    assert group_of("model/body/kernel", groups) == "rest"
+    assert group_of("model/body/kernel", groups[:1]) == "default"
+
+
+def test_settings_of_a_group_are_the_methods_then_the_users():
+    config = configs.load("mae:tiny")
+    config.unlock()
+    config.optimizer.groups = {"heads": {"lr": 0.7}}
+    groups = (Group("heads", "head", {"lr": 0.1, "b2": 0.5}),)
+    schedules = build_schedules(config, groups, steps_per_epoch=10, steps=100)
+    assert float(schedules["heads"](20)) == pytest.approx(0.7)
+    assert float(schedules["default"](20)) == pytest.approx(
+        config.optimizer.base_lr * config.batch_size / 256
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("name", "sgd", "optimizer.name is 'sgd'; known are adamw, lars"),
+        ("groups", {"nobody": {}}, r"sets \['nobody'\], but the method's groups are \['default'\]"),
+    ],
+)
+def test_unknown_optimizer_or_group_is_refused(field, value, message):
+    config = configs.defaults().optimizer
+    config[field] = value
+    with pytest.raises(ValueError, match=message):
+        build_optimizer(config, (), {"default": lambda step: 0.1})
