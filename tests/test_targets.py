@@ -13,17 +13,22 @@ from mim_jax.targets import (
 )
 
 few = settings(max_examples=15, deadline=None)
-side = st.integers(1, 4)
+# Every new shape costs a compilation, so shapes come from a list: images, patch.
+SHAPES = [
+    ((2, 8, 8, 3), (4, 4)),
+    ((1, 6, 8, 3), (2, 4)),
+    ((3, 4, 10, 1), (4, 5)),
+    ((2, 3, 2, 5), (1, 1)),
+    ((1, 4, 6, 2), (4, 6)),
+]
 
 
 @st.composite
 def images_and_patch(draw):
-    """Images `[batch, height, width, channels]`, rarely square, and a patch size that fits."""
-    patch = (draw(side), draw(side))
-    shape = (draw(side), patch[0] * draw(side), patch[1] * draw(side), draw(side))
-    return np.random.default_rng(draw(st.integers(0, 1000))).normal(size=shape).astype(
-        np.float32
-    ), patch
+    """Images `[batch, height, width, channels]`, and a patch size that fits."""
+    shape, patch = draw(st.sampled_from(SHAPES))
+    random = np.random.default_rng(draw(st.integers(0, 1000)))
+    return random.normal(size=shape).astype(np.float32), patch
 
 
 def random_patches(seed: int = 0, shape=(2, 3, 48), scale: float = 1.0) -> np.ndarray:
@@ -66,7 +71,7 @@ def test_images_that_patches_do_not_tile_are_an_error():
 
 
 @few
-@given(st.integers(2, 60), st.floats(0.1, 30))
+@given(st.sampled_from([2, 3, 48]), st.floats(0.1, 30))
 def test_statistics_use_the_unbiased_variance(values, scale):
     patches = random_patches(shape=(2, 3, values), scale=scale)
     mean, deviation = patch_statistics(jnp.asarray(patches))

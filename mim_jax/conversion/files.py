@@ -39,7 +39,8 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     if path.suffix in TORCH_SUFFIXES:
         return _read_torch(path)
     raise ValueError(
-        f"{path}: unknown kind {path.suffix!r}; known are .safetensors, {', '.join(TORCH_SUFFIXES)}."
+        f"{path}: unknown kind {path.suffix!r}; known are .safetensors, "
+        f"{', '.join(TORCH_SUFFIXES)}."
     )
 
 

@@ -136,6 +136,8 @@ class _Run:
         self.checkpoints = checkpoints
         self.interruption = interruption
         self.on_step = on_step or (lambda step: None)
+        self.pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
+        self.meter: _Meter  # made before the first step
         self.picture_path: Path | None = None
         self.rows_read = 0
         self.rows_unreadable = 0
@@ -213,18 +215,17 @@ class _Run:
         self.log.note(f"compiled the train step in {time.perf_counter() - started:.1f} s")
         batches = itertools.chain([first_batch], more_batches)
         feed = DeviceFeed(batches, batch_sharding(experiment.mesh))
-        meter = _Meter(config, experiment.flops_per_step(first_batch), experiment.mesh.size)
-        pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
+        self.meter = _Meter(config, experiment.flops_per_step(first_batch), experiment.mesh.size)
         metrics: dict[str, jax.Array] = {}
         for step in range(first_step + 1, total + 1):
             batch = next(feed)
             # Waiting counts only if the devices had nothing left to do by the time data came.
             idle = not metrics or metrics["loss"].is_ready()  # type: ignore[attr-defined]
-            meter.waited(feed, idle)
+            self.meter.waited(feed, idle)
             state, metrics = step_function(state, batch)
-            pending.append((step, metrics))
-            if len(pending) > STEPS_LATE:
-                self._record(meter, *pending.popleft())
+            self.pending.append((step, metrics))
+            if len(self.pending) > STEPS_LATE:
+                self._record(*self.pending.popleft())
             self.on_step(step)
             if self.interruption.requested:
                 self._leave(state, step)
@@ -233,8 +234,6 @@ class _Run:
             scores = self._scores(state, step) if step < total else None
             if scores or (step < total and self._due(step, config.checkpoint.every_steps)):
                 self.save(state, step, scores)
-        for item in pending:
-            self._record(meter, *item)
         return state
 
     def _announce(self, state: TrainState, batch: HostBatch) -> None:
@@ -252,10 +251,11 @@ class _Run:
     def _due(step: int, every: int) -> bool:
         return every > 0 and step % every == 0
 
-    def _record(self, meter: "_Meter", step: int, metrics: dict[str, jax.Array]) -> None:
+    def _record(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Fetches the metrics of a step that is done by now, shows and logs them."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        meter.add(values)
+        meter = self.meter
+        meter.steps += 1
         if values["skipped_in_row"]:
             self.log.warn(
                 f"step {step}: loss {values['loss']:.4g} or gradient norm "
@@ -277,7 +277,13 @@ class _Run:
         total = self.experiment.total_steps
         if self._due(step, self.config.log.every_steps) or step == total:
             epoch = step / self.experiment.steps_per_epoch
-            self.log.metrics(step, {"epoch": epoch, **meter.read()})
+            # The step's own values, not means: they are the same however the run was interrupted.
+            own = {name: values[name] for name in sorted(values, key=lambda name: name != "loss")}
+            self.log.metrics(step, {"epoch": epoch, **own, **meter.read()})
+
+    def _record_all(self) -> None:
+        while self.pending:
+            self._record(*self.pending.popleft())
 
     def _leave(self, state: TrainState, step: int) -> None:
         """Saves and raises, after a signal."""
@@ -289,7 +295,8 @@ class _Run:
         )
 
     def save(self, state: TrainState, step: int, scores: dict[str, float] | None = None) -> None:
-        """Starts to write a checkpoint."""
+        """Starts to write a checkpoint, once everything up to its step is in the log."""
+        self._record_all()
         best = self.config.checkpoint.best_metric
         if best and scores is not None and best not in scores:
             raise ValueError(
@@ -324,6 +331,7 @@ class _Run:
         every = round(settings.every_epochs * self.experiment.steps_per_epoch)
         if not settings.protocols or not self._due(step, every):
             return None
+        self._record_all()
         scores = evaluate(self.experiment.method, state.variables, self.config)
         self.log.metrics(step, {f"eval/{name}": score for name, score in scores.items()})
         return scores
@@ -343,7 +351,7 @@ class _Run:
 
 
 class _Meter:
-    """Means and rates between two log lines."""
+    """Rates between two log lines."""
 
     def __init__(self, config: ml_collections.ConfigDict, flops: float, devices: int) -> None:
         self.batch_size = config.batch_size
@@ -357,21 +365,12 @@ class _Meter:
         self.start = time.perf_counter()
         self.idle_at_start = self.seconds_idle
         self.steps = 0
-        self.sums: dict[str, float] = collections.defaultdict(float)
-        self.last: dict[str, float] = {}
 
     def waited(self, feed: DeviceFeed, idle: bool) -> None:
         """Adds what the feed has waited since the last call, if the devices were idle."""
         new = feed.seconds_waited - self._waited_before
         self._waited_before = feed.seconds_waited
         self.seconds_idle += new if idle else 0.0
-
-    def add(self, values: dict[str, float]) -> None:
-        """Adds the metrics of one step."""
-        self.steps += 1
-        self.last = values
-        for name, value in values.items():
-            self.sums[name] += value
 
     @property
     def seconds(self) -> float:
@@ -389,13 +388,8 @@ class _Meter:
         return min(1.0, (self.seconds_idle - self.idle_at_start) / self.seconds)
 
     def read(self) -> dict[str, float]:
-        """Everything that a log line holds; starts the next interval."""
-        latest = ("skipped", "skipped_in_row", "learning_rate")
+        """The rates; starts the next interval."""
         line = {
-            name: self.last[name] if name.startswith(latest) else self.sums[name] / self.steps
-            for name in sorted(self.sums, key=lambda name: name != "loss")
-        }
-        line |= {
             "images_per_second": self.images_per_second,
             "model_flops_utilization": self.steps * self.flops / self.seconds / self.peak,
             "data_wait": self.data_wait,

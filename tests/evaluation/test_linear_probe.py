@@ -201,7 +201,7 @@ def test_recipe_on_a_mesh_is_the_recipe_on_one_device():
         variables, state_shardings(variables, ((r".*", "fsdp:largest"),), mesh)
     )
     probe = LinearProbe.of(Toy(), config)
-    options = dict(batch_size=128, epochs=3, base_lr=20.0, seed=3)
+    options = dict(batch_size=128, epochs=2, base_lr=20.0, seed=3)
     one = flatten(train_probe(probe, variables, config, **options))
     many = flatten(train_probe(probe, on_mesh, config, **options))
     for path, leaf in one.items():

@@ -1,18 +1,13 @@
 """Meshes, partition rules, and equal losses on one and on eight simulated devices."""
 
-import io
-import json
-
 import jax
 import ml_collections
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from rich.console import Console
 
 from mim_jax import config as configs
 from mim_jax.training.experiment import Experiment, image_shapes
-from mim_jax.training.loop import train
 from mim_jax.training.sharding import (
     LARGEST,
     STRATEGIES,
@@ -22,6 +17,7 @@ from mim_jax.training.sharding import (
     partition_spec,
     rules_of,
 )
+from tests.training.runs import losses_of, run
 
 
 def mesh_of(data=-1, fsdp=1, tensor=1, devices=8):
@@ -74,7 +70,7 @@ def test_axis_that_the_mesh_does_not_divide_stays_whole():
     assert partition_spec("x", (7, 12, 8), (("x", LARGEST),), mesh) == PartitionSpec(
         None, "fsdp", None
     )
-    assert partition_spec("x", (7,), (("x", LARGEST),), mesh) == PartitionSpec(None)
+    assert partition_spec("x", (7,), (("x", LARGEST),), mesh) == PartitionSpec()
 
 
 def test_users_rules_come_first():
@@ -86,41 +82,11 @@ def test_users_rules_come_first():
     assert specs == [PartitionSpec(None), PartitionSpec("fsdp")]
 
 
-TINY = {
-    "model.width": 16,
-    "model.depth": 2,
-    "model.heads": 2,
-    "model.decoder_width": 8,
-    "model.decoder_heads": 2,
-    "model.patch_size": (7, 7),
-    "data.split": "train[:160]",
-    "batch_size": 32,
-    "steps": 6,
-    "schedule.warmup_epochs": 0.5,
-    "evaluate.protocols": (),
-    "log.every_steps": 1,
-    "log.pictures_every_steps": 0,
-    "log.tensorboard": False,
-    "checkpoint.every_steps": 3,
-}
-
-
-def losses_of(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return {line["step"]: line["loss"] for line in map(json.loads, lines)}
-
-
-def run(folder, devices, **changes):
-    config = configs.load("mae:tiny", {**TINY, **changes})
-    result = train(
-        config, folder, devices=jax.devices()[:devices], console=Console(file=io.StringIO())
-    )
-    return result, losses_of(folder)
-
-
 @pytest.fixture(scope="module")
 def on_one_device(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("one"), 1)
+    folder = tmp_path_factory.mktemp("one")
+    result, _ = run(folder)
+    return result, losses_of(folder)
 
 
 @pytest.mark.parametrize(
@@ -143,10 +109,12 @@ def test_loss_curve_does_not_depend_on_the_devices(on_one_device, tmp_path, chan
     if "accumulate" in changes or "model.scan" in changes:
         # These draw other masks or initial values; their one-device run is the reference.
         keep = {k: v for k, v in changes.items() if k in ("accumulate", "model.scan")}
-        _, expected = run(tmp_path / "one", 1, **keep)
+        run(tmp_path / "one", **keep)
+        expected = losses_of(tmp_path / "one")
     else:
         _, expected = on_one_device
-    _, ours = run(tmp_path / "eight", 8, **changes)
+    run(tmp_path / "eight", 8, **changes)
+    ours = losses_of(tmp_path / "eight")
     assert set(ours) == set(range(1, 7))
     for step, loss in expected.items():
         assert ours[step] == pytest.approx(loss, rel=2e-5), step
@@ -163,17 +131,11 @@ def test_run_goes_on_with_other_devices_and_strategy(on_one_device, tmp_path):
         if step == 4:
             raise Stop
 
-    config = configs.load("mae:tiny", TINY)
     with pytest.raises(Stop):
-        train(
-            config,
-            folder,
-            devices=jax.devices()[:1],
-            console=Console(file=io.StringIO()),
-            on_step=stop_after_four,
-        )
+        run(folder, on_step=stop_after_four)
     moved = {"mesh.data": 2, "mesh.fsdp": 4, "sharding.strategy": "fsdp"}
-    result, ours = run(folder, 8, **moved)
+    result, _ = run(folder, 8, **moved)
+    ours = losses_of(folder)
     for step, loss in expected.items():
         assert ours[step] == pytest.approx(loss, rel=2e-5), step
     for a, b in zip(jax.tree.leaves(result.state.params), jax.tree.leaves(reference.state.params)):

@@ -1,0 +1,208 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+
+from mim_jax.layout import Layout, transformer_rules
+from mim_jax.models.transformer import REMAT_POLICIES, Attention, Mlp, Transformer, layer_norm
+from mim_jax.training.flops import count_flops
+from mim_jax.training.tree import flatten, map_with_path, unflatten
+
+WIDTH, HEADS, DEPTH = 8, 2, 2
+
+
+def draw(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+TOKENS = draw(2, 5, WIDTH)
+
+
+def init(module, x) -> dict:
+    return jax.device_get(jax.jit(module.init)(jax.random.key(0), x))["params"]
+
+
+@functools.cache
+def params() -> dict:
+    """Of unrolled blocks, with biases that are not zero."""
+    given = init(Transformer(DEPTH, HEADS), TOKENS)
+    return jax.tree.map(lambda p: p + 0.1 * draw(*p.shape, seed=1), given)
+
+
+def layout(scan: bool) -> Layout:
+    rules = transformer_rules(
+        "blocks", "transformer", depth=DEPTH, width=WIDTH, heads=HEADS, scan=scan
+    )
+    return Layout(tuple(rules))
+
+
+@functools.cache
+def stacked_params() -> dict:
+    """The same weights for `scan=True`, through the official layout."""
+    stacked = init(Transformer(DEPTH, HEADS, scan=True), TOKENS)
+    state = layout(scan=False).save({"transformer": params()})
+    return layout(scan=True).load(state, {"transformer": stacked})["transformer"]
+
+
+def softmax_attention(p: dict, x: np.ndarray) -> np.ndarray:
+    """Attention head by head, in float64."""
+    p = {k: v.astype(np.float64) for k, v in flatten(p).items()}
+    width = x.shape[-1]
+    out = np.zeros_like(x, np.float64)
+    for head in range(HEADS):
+        query, key, value = (
+            x @ p["qkv/kernel"][:, i, head] + p["qkv/bias"][i, head] for i in range(3)
+        )
+        logits = query @ key.swapaxes(1, 2) / np.sqrt(width / HEADS)
+        weights = scipy.special.softmax(logits, axis=-1)
+        out += weights @ value @ p["out/kernel"][head]
+    return out + p["out/bias"]
+
+
+def exact_gelu_mlp(p: dict, x: np.ndarray) -> np.ndarray:
+    p = {k: v.astype(np.float64) for k, v in flatten(p).items()}
+    hidden = x @ p["fc1/kernel"] + p["fc1/bias"]
+    hidden = hidden * 0.5 * (1 + scipy.special.erf(hidden / np.sqrt(2)))
+    return hidden @ p["fc2/kernel"] + p["fc2/bias"]
+
+
+def normalized(p: dict, x: np.ndarray) -> np.ndarray:
+    mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    return (x - mean) / np.sqrt(variance + 1e-6) * p["scale"] + p["bias"]
+
+
+def test_attention_equals_the_plain_formula():
+    p = params()["blocks_0"]["attention"]
+    ours = Attention(HEADS).apply({"params": p}, TOKENS)
+    np.testing.assert_allclose(ours, softmax_attention(p, TOKENS), rtol=1e-5, atol=1e-5)
+
+
+def test_mlp_uses_the_exact_gelu():
+    p = params()["blocks_0"]["mlp"]
+    x = 3 * TOKENS
+    ours = Mlp(4.0).apply({"params": p}, x)
+    # The tanh approximation of GELU is off by up to 5e-4.
+    np.testing.assert_allclose(ours, exact_gelu_mlp(p, x), rtol=1e-5, atol=2e-5)
+
+
+def test_layer_norm_has_the_epsilon_of_the_official_code():
+    x = 1e-3 * TOKENS  # variance near 1e-6, where the epsilon decides
+    norm = layer_norm("norm", jnp.float32)
+    ours = norm.apply({"params": {"scale": np.ones(WIDTH), "bias": np.zeros(WIDTH)}}, x)
+    expected = normalized({"scale": 1, "bias": 0}, x.astype(np.float64))
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_blocks_are_pre_norm_with_two_residual_branches():
+    x, outputs = jax.jit(Transformer(DEPTH, HEADS).apply)({"params": params()}, TOKENS)
+    expected = TOKENS.astype(np.float64)
+    for i in range(DEPTH):
+        p = params()[f"blocks_{i}"]
+        expected = expected + softmax_attention(p["attention"], normalized(p["norm1"], expected))
+        expected = expected + exact_gelu_mlp(p["mlp"], normalized(p["norm2"], expected))
+        np.testing.assert_allclose(outputs[i], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(x, outputs[-1])
+
+
+def test_scanned_blocks_compute_the_same_function_for_the_same_weights():
+    x, outputs = jax.jit(Transformer(DEPTH, HEADS).apply)({"params": params()}, TOKENS)
+    scanned = Transformer(DEPTH, HEADS, scan=True)
+    x_scanned, outputs_scanned = jax.jit(scanned.apply)({"params": stacked_params()}, TOKENS)
+    np.testing.assert_allclose(x_scanned, x, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(outputs_scanned, np.stack(outputs), rtol=1e-5, atol=1e-5)
+
+
+def value_and_gradient(module: Transformer, p: dict):
+    return jax.value_and_grad(lambda p: jnp.sum(jnp.sin(module.apply({"params": p}, TOKENS)[0])))(p)
+
+
+@functools.cache
+def computed(remat: str, scan: bool):
+    module = Transformer(DEPTH, HEADS, scan=scan, remat=remat)
+    p = stacked_params() if scan else params()
+    return jax.jit(functools.partial(value_and_gradient, module))(p)
+
+
+@pytest.mark.parametrize("remat", [name for name in REMAT_POLICIES if name != "none"])
+@pytest.mark.parametrize("scan", [False, True])
+def test_rematerialization_changes_neither_value_nor_gradient(remat, scan):
+    ours, expected = computed(remat, scan), computed("none", scan)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_rematerialization_computes_matrix_products_again():
+    operations = {}
+    for remat in REMAT_POLICIES:
+        step = functools.partial(value_and_gradient, Transformer(DEPTH, HEADS, remat=remat))
+        operations[remat] = count_flops(step, params())
+    assert operations["none"] <= operations["dots"] < operations["full"]
+
+
+def test_an_unknown_remat_policy_is_an_error_that_lists_the_known():
+    with pytest.raises(ValueError, match="remat is 'everything'; known are none, full, dots"):
+        jax.eval_shape(Transformer(1, HEADS, remat="everything").init, jax.random.key(0), TOKENS)
+
+
+def test_heads_that_do_not_divide_the_width_are_an_error():
+    with pytest.raises(ValueError, match="width 8 is not divisible by 3 attention heads"):
+        jax.eval_shape(Transformer(1, 3).init, jax.random.key(0), TOKENS)
+
+
+def test_bfloat16_compute_keeps_float32_parameters_and_stays_near():
+    module = Transformer(DEPTH, HEADS, dtype=jnp.bfloat16)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), TOKENS)
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+    rough, _ = jax.jit(module.apply)({"params": params()}, TOKENS.astype(jnp.bfloat16))
+    exact, _ = jax.jit(Transformer(DEPTH, HEADS).apply)({"params": params()}, TOKENS)
+    assert rough.dtype == jnp.bfloat16
+    error = np.abs(rough.astype(np.float32) - exact)
+    assert 0 < error.max() < 0.1 * np.abs(exact).max()
+
+
+def assert_uniform(values: np.ndarray, bound: float) -> None:
+    """Uniform in +-bound, for at least some thousand values."""
+    assert np.abs(values).max() <= bound
+    assert np.abs(values).max() > 0.99 * bound
+    np.testing.assert_allclose(values.std(), bound / np.sqrt(3), rtol=0.03)
+    assert abs(values.mean()) < 5 * bound / np.sqrt(3 * values.size)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_initial_weights_are_xavier_uniform_with_the_fused_qkv_as_one_matrix(scan):
+    width, ratio = 256, 2
+    given = init(Transformer(2, 4, ratio, scan=scan), np.zeros((1, 2, width), np.float32))
+    if scan:
+        given = unflatten(
+            {
+                f"blocks_{i}/{path.removeprefix('blocks/')}": leaf[i]
+                for path, leaf in flatten(given).items()
+                for i in range(2)
+            }
+        )
+    bounds = {
+        "attention/qkv/kernel": np.sqrt(6 / (width + 3 * width)),
+        "attention/out/kernel": np.sqrt(6 / (width + width)),
+        "mlp/fc1/kernel": np.sqrt(6 / (width + ratio * width)),
+        "mlp/fc2/kernel": np.sqrt(6 / (width + ratio * width)),
+    }
+    for i in range(2):
+        block = flatten(given[f"blocks_{i}"])
+        for path, bound in bounds.items():
+            assert_uniform(block[path], bound)
+        for path in set(block) - set(bounds):
+            np.testing.assert_array_equal(block[path], 1 if path.endswith("scale") else 0)
+    assert np.any(
+        given["blocks_0"]["mlp"]["fc1"]["kernel"] != given["blocks_1"]["mlp"]["fc1"]["kernel"]
+    )
+
+
+def test_parameter_paths_say_which_block_they_belong_to():
+    paths = set(flatten(params()))
+    assert {path.split("/")[0] for path in paths} == {"blocks_0", "blocks_1"}
+    shapes = jax.eval_shape(Transformer(DEPTH, HEADS, scan=True).init, jax.random.key(0), TOKENS)
+    map_with_path(lambda path, leaf: leaf.shape[0] == DEPTH or pytest.fail(path), shapes["params"])
+    assert set(flatten(shapes["params"])) == {"blocks/" + p.split("/", 1)[1] for p in paths}

@@ -1,0 +1,169 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mim_jax.models.positions import sincos_positions
+from mim_jax.models.vit import VIT_SIZES, PatchEmbed, ViT, vit_size
+from mim_jax.targets import patchify
+from mim_jax.training.tree import flatten
+from tests.models.test_transformer import assert_uniform
+
+ENCODER = ViT((8, 12), (4, 2), channels=2, width=8, depth=2, heads=2)
+TOKENS = 12
+
+
+def draw(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+IMAGES = draw(2, 8, 12, 2)
+
+
+@functools.cache
+def variables() -> dict:
+    return jax.device_get(jax.jit(ENCODER.init)(jax.random.key(0), IMAGES))
+
+
+_apply = jax.jit(ENCODER.apply)
+
+
+def encode(images: np.ndarray, keep_ids: np.ndarray | None = None) -> np.ndarray:
+    return np.asarray(_apply(variables(), images, keep_ids)[0])
+
+
+def test_neither_image_nor_patch_need_be_square():
+    assert ENCODER.grid == (2, 6)
+    assert encode(IMAGES).shape == (2, 1 + TOKENS, 8)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 1000))
+def test_encoder_never_sees_removed_patches(seed):
+    random = np.random.default_rng(seed)
+    keep_ids = np.stack([random.permutation(TOKENS)[:5] for _ in range(2)]).astype(np.int32)
+    removed = np.ones((2, TOKENS), bool)
+    np.put_along_axis(removed, keep_ids, False, axis=1)
+    removed_pixels = removed.reshape(2, 2, 6).repeat(4, axis=1).repeat(2, axis=2)[..., None]
+    other = np.where(removed_pixels, 1e3 * draw(*IMAGES.shape, seed=seed), IMAGES)
+    np.testing.assert_array_equal(encode(other, keep_ids), encode(IMAGES, keep_ids))
+    # The pixels do matter where they are visible.
+    assert np.any(encode(other) != encode(IMAGES))
+
+
+def test_kept_tokens_carry_the_positions_they_came_from():
+    order = np.random.default_rng(0).permutation(TOKENS).astype(np.int32)
+    shuffled = encode(IMAGES, np.stack([order, order]))
+    np.testing.assert_allclose(shuffled[:, 1:], encode(IMAGES)[:, 1 + order], atol=1e-5)
+
+
+def test_the_class_token_comes_first_and_has_no_position():
+    bare = ENCODER.copy(depth=0)
+    params = {k: v for k, v in variables()["params"].items() if k != "transformer"}
+    tokens = np.asarray(bare.apply({"params": params}, IMAGES)[0])
+    embed = PatchEmbed(8, (4, 2), 2).apply(
+        {"params": params["patch_embed"]}, patchify(jnp.asarray(IMAGES), (4, 2))
+    )
+    before_norm = np.concatenate(
+        [np.tile(params["cls_token"], (2, 1, 1)), embed + sincos_positions((2, 6), 8)], axis=1
+    )
+    mean, variance = before_norm.mean(-1, keepdims=True), before_norm.var(-1, keepdims=True)
+    np.testing.assert_allclose(tokens, (before_norm - mean) / np.sqrt(variance + 1e-6), atol=1e-4)
+
+
+def test_patch_embedding_is_the_strided_convolution():
+    params = variables()["params"]["patch_embed"]
+    ours = PatchEmbed(8, (4, 2), 2).apply({"params": params}, patchify(jnp.asarray(IMAGES), (4, 2)))
+    convolution = jax.lax.conv_general_dilated(
+        IMAGES,
+        params["kernel"],
+        window_strides=(4, 2),
+        padding="VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    np.testing.assert_allclose(
+        ours, convolution.reshape(2, TOKENS, 8) + params["bias"], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_block_outputs_come_before_the_final_norm():
+    tokens, outputs = ENCODER.apply(variables(), IMAGES)
+    assert [output.shape for output in outputs] == [(2, 1 + TOKENS, 8)] * 2
+    last = np.asarray(outputs[-1])
+    mean, variance = last.mean(-1, keepdims=True), last.var(-1, keepdims=True)
+    np.testing.assert_allclose(tokens, (last - mean) / np.sqrt(variance + 1e-6), atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8, 2), (2, 8, 12, 3), (2, 12, 8, 2), (8, 12, 2)])
+def test_images_of_another_size_are_an_error_that_names_both(shape):
+    with pytest.raises(ValueError) as error:
+        jax.eval_shape(ENCODER.init, jax.random.key(0), jnp.zeros(shape))
+    assert "[batch, 8, 12, 2]" in str(error.value)
+    assert str(shape) in str(error.value)
+
+
+def test_patches_of_another_size_are_an_error_that_names_both():
+    with pytest.raises(ValueError, match=r"have 10 values.*has 16"):
+        jax.eval_shape(PatchEmbed(8, (4, 2), 2).init, jax.random.key(0), jnp.zeros((1, 3, 10)))
+
+
+def test_an_image_that_patches_do_not_tile_is_an_error():
+    with pytest.raises(ValueError, match="not divisible by patch_size"):
+        _ = ENCODER.copy(patch_size=(3, 2)).grid
+
+
+def test_bfloat16_compute_keeps_float32_parameters():
+    encoder = ENCODER.copy(dtype=jnp.bfloat16)
+    output, shapes = jax.eval_shape(encoder.init_with_output, jax.random.key(0), IMAGES)
+    assert output[0].dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+
+
+def test_positions_are_not_parameters():
+    paths = set(flatten(variables()["params"]))
+    outside = {path for path in paths if not path.startswith("transformer/")}
+    assert outside == {
+        "cls_token",
+        "norm/bias",
+        "norm/scale",
+        "patch_embed/bias",
+        "patch_embed/kernel",
+    }
+
+
+def test_initial_patch_embedding_and_class_token_follow_the_official_code():
+    width, values = 256, 4 * 4 * 3
+    encoder = ViT((8, 8), (4, 4), channels=3, width=width, depth=0, heads=1)
+    params = jax.device_get(encoder.init(jax.random.key(1), jnp.zeros((1, 8, 8, 3))))["params"]
+    assert_uniform(params["patch_embed"]["kernel"], np.sqrt(6 / (values + width)))
+    bias, bound = params["patch_embed"]["bias"], 1 / np.sqrt(values)
+    assert 0.9 * bound < np.abs(bias).max() <= bound
+    np.testing.assert_allclose(bias.std(), bound / np.sqrt(3), rtol=0.15)
+    cls_token = params["cls_token"]
+    np.testing.assert_allclose(cls_token.std(), 0.02, rtol=0.2)  # 4.5 deviations of 256 draws
+    assert abs(cls_token.mean()) < 4.5 * 0.02 / np.sqrt(width)
+
+
+def test_named_sizes_are_those_of_the_paper():
+    assert vit_size("base") == dict(width=768, depth=12, heads=12)
+    assert vit_size("large") == dict(width=1024, depth=24, heads=16)
+    assert vit_size("huge") == dict(width=1280, depth=32, heads=16)
+
+
+def test_given_numbers_take_precedence_over_a_named_size():
+    assert vit_size("base", width=96, depth=0, heads=0) == dict(width=96, depth=12, heads=12)
+    assert vit_size("", width=8, depth=2, heads=1) == dict(width=8, depth=2, heads=1)
+
+
+def test_an_unknown_size_is_an_error_that_lists_the_known():
+    with pytest.raises(ValueError, match=f"'huuge'; known are {', '.join(VIT_SIZES)}"):
+        vit_size("huuge")
+
+
+def test_a_size_without_name_needs_every_number():
+    with pytest.raises(ValueError, match=r"set model\.size to one of .*, or model\.depth"):
+        vit_size("", width=8, depth=0, heads=2)
