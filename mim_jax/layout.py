@@ -171,7 +171,7 @@ class Layout:
         state = {constant.key: constant.value for constant in self.constants}
         for rule in self.rules:
             value = flat[rule.path] if rule.index is None else flat[rule.path][rule.index]
-            state[rule.key] = np.ascontiguousarray(rule.transform.save(value))
+            state[rule.key] = np.asarray(rule.transform.save(value), order="C")
         return state
 
 

@@ -50,17 +50,31 @@ class Features:
     grid: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
 class Picture:
     """Images to show side by side, one row for each sample.
 
     Attributes:
-        columns: by title, images `[batch, height, width, channels]` in normalized image space.
+        columns: by title, images `[batch, height, width, channels]` in normalized image space;
+            shown from left to right in the order of the dictionary.
         caption: what a reader must know to read the picture.
     """
 
     columns: dict[str, jax.Array]
-    caption: str = flax.struct.field(pytree_node=False, default="")
+    caption: str = ""
+
+    def tree_flatten(self) -> tuple[tuple[jax.Array, ...], tuple[tuple[str, ...], str]]:
+        """The images, and titles and caption; JAX would sort a dictionary's keys under `jit`."""
+        return tuple(self.columns.values()), (tuple(self.columns), self.caption)
+
+    @classmethod
+    def tree_unflatten(
+        cls, texts: tuple[tuple[str, ...], str], images: tuple[jax.Array, ...]
+    ) -> "Picture":
+        """Inverse of `tree_flatten`."""
+        titles, caption = texts
+        return cls(dict(zip(titles, images, strict=True)), caption)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,12 +94,13 @@ def test_reshape_and_as_is_are_their_own_inverses():
 @pytest.mark.parametrize("scan", [False, True])
 def test_a_round_trip_from_our_parameters_is_exact(scan):
     method = tiny_mae({"model.scan": scan})
-    params = method.layout().load(official(), shapes_of(method))
+    shapes = shapes_of(method)
+    params = method.layout().load(official(), shapes)
     again = method.layout().load(method.layout().save(params), params)
-    assert set(flatten(again)) == set(flatten(shapes_of(method)))
+    assert set(flatten(again)) == set(flatten(shapes))
     for path, value in flatten(params).items():
         assert value.dtype == np.float32
-        assert value.shape == flatten(shapes_of(method))[path].shape
+        assert value.shape == flatten(shapes)[path].shape
         np.testing.assert_array_equal(flatten(again)[path], value)
 
 

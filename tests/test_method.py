@@ -1,11 +1,12 @@
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mim_jax import method
-from mim_jax.method import Input, Method, method_class, method_names, register
+from mim_jax.method import Input, Method, Picture, method_class, method_names, register
 from tests.training.toy import Toy
 
 
@@ -115,3 +116,12 @@ def test_a_wrong_type_is_an_error_that_names_both(name, array):
     expected = "float" if name == "image" else "int"
     with pytest.raises(ValueError, match=f"{name!r} has type {array.dtype}; expected {expected}"):
         Picky().check(batch(**{name: array}))
+
+
+def test_the_columns_of_a_picture_keep_their_order_under_jit():
+    titles = ["z", "a", "m"]
+    picture = Picture({title: jnp.full((1,), i) for i, title in enumerate(titles)}, "caption")
+    again = jax.jit(lambda p: jax.tree.map(lambda x: x + 1, p))(picture)
+    assert {title: int(image[0]) for title, image in again.columns.items()} == dict(z=1, a=2, m=3)
+    assert list(again.columns) == titles
+    assert again.caption == "caption"

@@ -56,7 +56,8 @@ def write_state_dict(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     if path.suffix == ".safetensors":
-        save_file(dict(state), temporary)
+        # safetensors writes the memory of an array, whatever the strides of a view say.
+        save_file({key: np.asarray(value, order="C") for key, value in state.items()}, temporary)
     else:
         torch = _torch(path)
         # Copied, because PyTorch wants memory that it may write to.

@@ -79,7 +79,7 @@ def test_loss_is_the_mean_squared_error_over_the_removed_patches(normalize_targe
         target = (target - target.mean(axis=-1, keepdims=True)) / np.sqrt(variance + 1e-6)
     removed = np.asarray(output.masking.mask) == 1
     expected = ((output.pred - target) ** 2).mean(axis=-1)[removed].mean()
-    assert loss_of(IMAGES, 5, normalize_target) == pytest.approx(expected, rel=1e-5)
+    assert loss_of(IMAGES, 5, normalize_target) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_loss_reads_only_the_removed_patches_of_the_target():
