@@ -47,10 +47,16 @@ def get_config(variant: str = "vit_b16") -> ml_collections.ConfigDict:
         config.model.patch_size = (14, 14)
     elif variant == "tiny":
         config.model.update(
-            dict(size="", width=96, depth=4, heads=4, patch_size=(4, 4)),
+            size="",
+            width=128,
+            depth=4,
+            heads=4,
+            patch_size=(7, 7),
             decoder_width=48,
             decoder_depth=1,
             decoder_heads=4,
+            # Many patches of these small pictures are flat; normalized, they would be all noise.
+            normalize_target=False,
         )
         config.data = dict(
             source="embedded",
@@ -58,12 +64,13 @@ def get_config(variant: str = "vit_b16") -> ml_collections.ConfigDict:
             channels=1,
             mean=(0.2861,),
             std=(0.3530,),
+            crop_area=(0.5, 1.0),
         )
-        config.batch_size = 256
-        config.epochs = 20.0
-        config.optimizer.base_lr = 2e-3
+        config.batch_size = 128
+        config.epochs = 30.0
+        config.optimizer.base_lr = 3e-3
         config.schedule.warmup_epochs = 2.0
-        config.log = dict(every_steps=20, pictures_every_steps=100)
-        config.checkpoint = dict(every_steps=100)
+        config.log = dict(every_steps=50, pictures_every_steps=200)
+        config.checkpoint = dict(every_steps=200)
         config.evaluate = dict(protocols=("knn", "linear"), crop_ratio=1.0)
     return config

@@ -211,6 +211,8 @@ def accuracy_table(rows: dict[str, dict[str, float]]) -> Table:
 def _define_config(values: flags.FlagValues, arguments: list[str]) -> None:
     """Takes `--config NAME` out of the arguments, and makes every field a flag.
 
+    An override that comes again replaces the earlier one; absl would join two tuples.
+
     Raises:
         ValueError: if it is missing, or an override names an unknown field.
     """
@@ -232,11 +234,34 @@ def _define_config(values: flags.FlagValues, arguments: list[str]) -> None:
     config = configs.load(name)
     for argument in arguments:
         if argument.startswith("--config."):
-            configs.check_field(config, argument.removeprefix("--config.").partition("=")[0])
+            configs.check_field(config, _override_field(argument))
+    arguments[:] = _without_repeats(arguments)
     flags.DEFINE_string("config_name", name, "As given by --config.", flag_values=values)
     config_flags.DEFINE_config_dict(
         "config", config, "Fields of the config.", flag_values=values, sys_argv=["", *arguments]
     )
+
+
+def _override_field(argument: str) -> str:
+    """`data.flip` for `--config.data.flip=no`."""
+    return argument.removeprefix("--config.").partition("=")[0]
+
+
+def _without_repeats(arguments: list[str]) -> list[str]:
+    """The arguments, with only the last override of each field."""
+    groups: list[list[str]] = []  # a flag, and its value if that is a word of its own
+    for argument in arguments:
+        if argument.startswith("--") or not groups:
+            groups.append([argument])
+        else:
+            groups[-1].append(argument)
+    last = {_override_field(group[0]): group for group in groups}
+    return [
+        word
+        for group in groups
+        if not group[0].startswith("--config.") or last[_override_field(group[0])] is group
+        for word in group
+    ]
 
 
 def _parse_only(values: flags.FlagValues, verb: str, arguments: list[str]) -> None:
@@ -252,9 +277,18 @@ def _parse_only(values: flags.FlagValues, verb: str, arguments: list[str]) -> No
 def _parse(
     values: flags.FlagValues, verb: str, arguments: list[str]
 ) -> ml_collections.ConfigDict | None:
-    """The config with all overrides, or None if the command has none."""
+    """The config with all overrides, or None if the command has none.
+
+    Raises:
+        ValueError: if a value does not have the type of its field.
+    """
     _parse_only(values, verb, arguments)
-    return values.config if "config" in values else None
+    if "config" not in values:
+        return None
+    config = configs.load(values.config_name)
+    # absl checks numbers, but takes any word for a tuple.
+    configs.override(config, configs.leaves(values.config))
+    return config
 
 
 def _help(values: flags.FlagValues, verb: str) -> str:

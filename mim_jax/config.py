@@ -229,16 +229,31 @@ def override(config: ml_collections.ConfigDict, values: Mapping[str, Any]) -> No
         parent, _, leaf = field.rpartition(".")
         part = _descend(config, parent)
         old = part[leaf]
-        if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if isinstance(old, tuple) and isinstance(value, list):
-            value = tuple(value)
-        if type(old) is not type(value):
+        value = _converted(value, old)
+        if not _has_type_of(old, value):
             raise ValueError(
                 f"config field {field!r} is {value!r} ({type(value).__name__}); expected "
                 f"{type(old).__name__}, such as {old!r}."
             )
         part[leaf] = value
+
+
+def _converted(value: Any, old: Any) -> Any:
+    """`value`, with an int as a float and a list as a tuple where `old` has them."""
+    if isinstance(old, float) and type(value) is int:
+        return float(value)
+    if isinstance(old, tuple) and isinstance(value, (tuple, list)):
+        return tuple(_converted(item, old[0]) if old else item for item in value)
+    return value
+
+
+def _has_type_of(old: Any, value: Any) -> bool:
+    """Whether two values have the same type, and tuples the same type of items."""
+    if type(old) is not type(value):
+        return False
+    if isinstance(old, tuple) and len({type(item) for item in old}) == 1:
+        return all(_has_type_of(old[0], item) for item in value)
+    return True
 
 
 def check_field(config: ml_collections.ConfigDict, field: str) -> None:

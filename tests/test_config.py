@@ -107,9 +107,10 @@ def test_a_config_without_variant_takes_the_files_own_default():
 
 
 def test_two_loaded_configs_share_nothing():
-    first = configs.load("mae:tiny", {"model.width": 8})
-    assert configs.load("mae:tiny").model.width == 96
-    assert first.model.width == 8
+    before = configs.load("mae:tiny").model.width
+    changed = configs.load("mae:tiny", {"model.width": before + 4})
+    assert configs.load("mae:tiny").model.width == before
+    assert changed.model.width == before + 4
 
 
 @pytest.mark.parametrize(
@@ -150,6 +151,8 @@ def test_a_whole_section_cannot_be_replaced_by_a_value(field):
         ("data.flip", 1, "bool"),
         ("data.source", 3, "str"),
         ("data.image_size", 32, "tuple"),
+        ("data.image_size", ("wide", "high"), "tuple"),
+        ("data.image_size", (28.0, 28.0), "tuple"),
         ("model.width", "96", "int"),
     ],
 )
@@ -166,6 +169,9 @@ def test_an_int_serves_for_a_float_and_a_list_for_a_tuple():
     assert config.epochs == 5.0
     assert isinstance(config.epochs, float)
     assert config.data.image_size == (32, 16)
+    mean = configs.load("mae:tiny", {"data.mean": [0]}).data.mean
+    assert mean == (0.0,)
+    assert isinstance(mean[0], float)
 
 
 def test_a_complete_config_takes_no_new_fields():

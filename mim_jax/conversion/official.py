@@ -3,6 +3,7 @@
 import contextlib
 from pathlib import Path
 
+import jax
 import ml_collections
 import numpy as np
 
@@ -65,11 +66,12 @@ def import_checkpoint(config: ml_collections.ConfigDict, source: Path, run: Path
     experiment = Experiment.on_one_device(config)
     state = experiment.initial_state(image_shapes(experiment.config))
     state, notes = initialize_from(str(source), experiment.method, state)
+    config = configs.resolve(config, jax.default_backend())
     # Opened last, since it creates the folder: a file that does not fit leaves nothing behind.
-    with contextlib.closing(Checkpoints(run, experiment.config)) as checkpoints:
+    with contextlib.closing(Checkpoints(run, config)) as checkpoints:
         if checkpoints.latest_step() is not None:
             raise ValueError(f"{run} holds checkpoints already; choose another --output.")
         checkpoints.save(state, 0)
         checkpoints.wait()
-    (run / "config.json").write_text(configs.to_json(experiment.config))
+    (run / "config.json").write_text(configs.to_json(config))
     return "\n".join([*notes, f"wrote the run {run}"])

@@ -12,6 +12,7 @@ from mim_jax import config as configs
 from mim_jax.methods.mae import MAE
 
 SIZES = {
+    "model.size": "",
     "model.width": 16,
     "model.depth": 2,
     "model.heads": 2,
@@ -19,8 +20,13 @@ SIZES = {
     "model.decoder_width": 8,
     "model.decoder_depth": 2,
     "model.decoder_heads": 2,
+    "model.mlp_ratio": 4.0,
     "model.mask_ratio": 0.5,
+    "model.normalize_target": True,
     "data.image_size": (8, 12),
+    "data.channels": 1,
+    "data.mean": (0.5,),
+    "data.std": (0.25,),
     "compute_dtype": "float32",
     "batch_size": 8,
 }
