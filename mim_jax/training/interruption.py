@@ -37,13 +37,14 @@ class Interruption:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._restore()
+        self.release()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = signal.Signals(number).name
-        self._restore()
+        self.release()
 
-    def _restore(self) -> None:
+    def release(self) -> None:
+        """Signals act as usual again."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._previous = {}

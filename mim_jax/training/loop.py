@@ -153,6 +153,7 @@ class _Run:
                 state = self._steps(state, first_step, first_batch, host_batches)
         self.save(state, total)
         self.checkpoints.wait()
+        self.interruption.release()  # all is saved: from here on a signal may simply end the run
         self._pictures(state, total)
         evaluation = self._final_evaluation(state, first_batch)
         return Result(state, evaluation, self.picture_path, self.folder)
@@ -190,7 +191,7 @@ class _Run:
 
     def _state(self, first_step: int, batch: HostBatch) -> TrainState:
         """The state of the newest checkpoint, or a new one."""
-        if first_step:
+        if self.checkpoints.latest_step() is not None:
             state = self.checkpoints.restore(self.experiment.abstract_state(batch))
             self.log.note(f"resumed from step {first_step} of {self.experiment.total_steps}")
             return state

@@ -31,7 +31,12 @@ from rich.table import Column
 from rich.text import Text
 
 METRICS_FILE = "metrics.jsonl"
-LABELS = {"images_per_second": "images/s", "data_wait": "data wait"}
+LABELS = {
+    "images_per_second": "images/s",
+    "data_wait": "data wait",
+    "model_flops_utilization": "MFU",
+}
+SHARES = ("data_wait", "model_flops_utilization")
 UNKNOWN = "-"
 
 
@@ -110,8 +115,9 @@ class RunLog:
 
         Args:
             step: number of steps taken.
-            values: numbers by name; NaN and infinities are allowed. `images_per_second`, and
-                `data_wait` (a share, 0 to 1), are printed as "images/s" and in per cent.
+            values: numbers by name; NaN and infinities are allowed. `images_per_second` is
+                printed as "images/s"; `data_wait` and `model_flops_utilization` (shares, 0 to
+                1) in per cent.
 
         Raises:
             OSError: the file system refuses; the message names the file and the mend.
@@ -216,7 +222,7 @@ class RunLog:
         width = len(str(self._total_steps))
         fields = [f"step {step:>{width}}/{self._total_steps}"]
         for name, value in values.items():
-            text = shown_share(value) if name == "data_wait" else shown_number(value)
+            text = shown_share(value) if name in SHARES else shown_number(value)
             self._widths[name] = max(len(text), self._widths.get(name, 0))
             fields.append(f"{LABELS.get(name, name)} {text:<{self._widths[name]}}")
         fields.append(f"ETA {shown_time(self._pace.seconds_left(step))}")

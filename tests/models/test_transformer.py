@@ -126,8 +126,7 @@ def computed(remat: str, scan: bool):
     return jax.jit(functools.partial(value_and_gradient, module))(p)
 
 
-@pytest.mark.parametrize("remat", [name for name in REMAT_POLICIES if name != "none"])
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize(("remat", "scan"), [("full", False), ("full", True), ("dots", False)])
 def test_rematerialization_changes_neither_value_nor_gradient(remat, scan):
     ours, expected = computed(remat, scan), computed("none", scan)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):

@@ -1,5 +1,6 @@
 """The loop: resuming, signals, logging, pictures, errors, and no recompilation."""
 
+import io
 import json
 import os
 import signal
@@ -8,13 +9,15 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
+from mim_jax import config as configs
 from mim_jax.methods.mae import MAE
 from mim_jax.training import loop
 from mim_jax.training.checkpoints import Checkpoints, read_variables
 from mim_jax.training.experiment import Experiment
 from mim_jax.training.interruption import Interrupted
-from mim_jax.training.loop import TrainingStopped
+from mim_jax.training.loop import TrainingStopped, train
 from mim_jax.training.tree import flatten
 from tests.training.runs import losses_of, metrics_of, run, tiny
 
@@ -122,6 +125,16 @@ def test_steady_state_never_compiles(tmp_path):
     assert [step for step in compiled_at if 2 < step < last] == []
 
 
+def test_tiny_config_hardly_waits_for_data(tmp_path):
+    config = configs.load(
+        "mae:tiny",
+        {"steps": 100, "evaluate.protocols": (), "log.pictures_every_steps": 0},
+    )
+    train(config, tmp_path, devices=jax.devices()[:1], console=Console(file=io.StringIO()))
+    # The first interval fills the queues.
+    assert metrics_of(tmp_path)[100]["data_wait"] < 0.05
+
+
 def test_checkpoints_keep_the_newest_the_periodic_and_the_best(tmp_path, monkeypatch):
     scores = iter([0.9, 0.1, 0.2, 0.3])
     monkeypatch.setattr(loop, "evaluate", lambda *_: {"knn": next(scores)})
@@ -167,7 +180,9 @@ def test_checkpoint_of_another_method_is_refused(whole):
     config = tiny()
     config.method = "other"
     checkpoints = Checkpoints(folder, config)
-    with pytest.raises(ValueError, match="written by method 'mae', but the config asks for 'other'"):
+    with pytest.raises(
+        ValueError, match="written by method 'mae', but the config asks for 'other'"
+    ):
         checkpoints.restore(None)
     checkpoints.close()
 
