@@ -15,7 +15,9 @@ from typing import Any
 import ml_collections
 
 PACKAGE = Path(__file__).resolve().parent
-CONFIG_FOLDERS = (PACKAGE / "configs", PACKAGE.parent / "configs")
+CONFIG_FOLDER = next(
+    folder for folder in (PACKAGE / "configs", PACKAGE.parent / "configs") if folder.is_dir()
+)
 """Where named configs live: inside an installed wheel, or beside the package in a checkout."""
 
 FREE_FIELDS = ("model", "optimizer.groups", "sharding.rules")
@@ -132,12 +134,7 @@ def defaults() -> ml_collections.ConfigDict:
 
 def known_configs() -> list[str]:
     """Names of the configs that come with the package."""
-    return sorted(
-        path.stem
-        for folder in CONFIG_FOLDERS
-        for path in folder.glob("*.py")
-        if not path.stem.startswith("_")
-    )
+    return sorted(path.stem for path in CONFIG_FOLDER.glob("*.py") if not path.stem.startswith("_"))
 
 
 def find(name: str) -> tuple[Path, str | None]:
@@ -152,10 +149,9 @@ def find(name: str) -> tuple[Path, str | None]:
         if not path.is_file():
             raise ValueError(f"config file {stem} does not exist.")
         return path, variant or None
-    for folder in CONFIG_FOLDERS:
-        path = folder / f"{stem}.py"
-        if path.is_file():
-            return path, variant or None
+    path = CONFIG_FOLDER / f"{stem}.py"
+    if path.is_file():
+        return path, variant or None
     names = known_configs()
     near = difflib.get_close_matches(stem, names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -294,7 +294,7 @@ def main() -> int:
                 )
                 add(name, {f"fine-tuned, {FEW} labels": accuracy})
             supervised.append(
-                classifier_accuracy(experiment, initial["params"], "train", steps=2000, seed=seed)
+                classifier_accuracy(experiment, initial["params"], "train", steps=1000, seed=seed)
             )
             print(f"  supervised with all labels: {supervised[-1]:.4f}", flush=True)
     pixels = experiment_config(0, RATIOS[0], 1.0)

@@ -31,20 +31,23 @@ def initialize_from(path: str, method: Method, state: TrainState) -> tuple[Train
     if Path(path).is_dir():
         if not (Path(path) / FOLDER).is_dir():
             raise FileNotFoundError(f"init_from: {path} is a folder, but no run of ours.")
-        given = read_variables(Path(path))[0]["params"]
-        _check(path, flatten(given), flatten(state.params))
+        given = read_variables(Path(path))[0]
+        _check(path, flatten(given), flatten(state.variables))
     else:
-        given = read_official(path, method, state.params)
-    old = flatten(state.params)
+        given = {"params": read_official(path, method, state.params)}
+    old = flatten(state.variables)
     new = {
         name: jax.device_put(value, old[name].sharding) for name, value in flatten(given).items()
     }
-    kept = sorted(set(old) - set(new))
-    notes = [f"initialized {len(new)} of {len(old)} parameters from {path}"]
+    kept = sorted(name.removeprefix("params/") for name in set(old) - set(new))
+    notes = [f"initialized {len(new)} of {len(old)} arrays from {path}"]
     if kept:
         notes.append(f"not in the file, so at their initial values: {', '.join(kept)}")
-    params = start_ema(method, unflatten({**old, **new}))
-    return dataclasses.replace(state, params=params), notes
+    variables = unflatten({**old, **new})
+    # An EMA target that the weights lack starts from its source, as in a new run.
+    absent = [e for e in method.ema if any(name.startswith(f"{e.target}/") for name in kept)]
+    params = start_ema(absent, variables.pop("params"))
+    return dataclasses.replace(state, params=params, mutable=variables), notes
 
 
 def read_official(path: str, method: Method, like: Any) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """MAE: Masked Autoencoders Are Scalable Vision Learners (He et al., CVPR 2022)."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+import functools
+from collections.abc import Iterable, Mapping
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,6 +14,7 @@ from mim_jax import layout, losses, masking, targets
 from mim_jax.method import Aux, Batch, Features, Input, Method, Picture, Variables, register
 from mim_jax.models.masked_decoder import MaskedDecoder
 from mim_jax.models.positions import sincos_positions
+from mim_jax.models.transformer import Transformer
 from mim_jax.models.vit import ViT, vit_size
 
 
@@ -86,22 +88,26 @@ class MAE(Method):
         image_size, patch_size = tuple(config.data.image_size), tuple(model.patch_size)
         grid = masking.token_grid(image_size, patch_size)
         kept = masking.num_kept(grid[0] * grid[1], model.mask_ratio)
-        shared: dict[str, Any] = dict(
+        blocks = functools.partial(
+            Transformer,
             mlp_ratio=model.mlp_ratio,
             scan=model.scan,
             remat=model.remat,
             dtype=jnp.dtype(config.compute_dtype),
             attention=model.attention or None,
         )
-        sizes = (size["width"], size["depth"], size["heads"])
-        encoder = ViT(image_size, patch_size, config.data.channels, *sizes, **shared)
+        encoder = ViT(
+            image_size,
+            patch_size,
+            config.data.channels,
+            size["width"],
+            blocks(size["depth"], size["heads"]),
+        )
         decoder = MaskedDecoder(
             encoder.grid,
             outputs=patch_size[0] * patch_size[1] * config.data.channels,
             width=model.decoder_width,
-            depth=model.decoder_depth,
-            heads=model.decoder_heads,
-            **shared,
+            transformer=blocks(model.decoder_depth, model.decoder_heads),
         )
         return cls(MaskedAutoencoder(encoder, decoder, kept), model.normalize_target)
 
@@ -199,25 +205,11 @@ class MAE(Method):
                 layout.Rule("cls_token", "encoder/cls_token"),
                 layout.Rule("patch_embed.proj.weight", "encoder/patch_embed/kernel", layout.CONV2D),
                 layout.Rule("patch_embed.proj.bias", "encoder/patch_embed/bias"),
-                *layout.transformer_rules(
-                    "blocks",
-                    "encoder/transformer",
-                    depth=encoder.depth,
-                    width=encoder.width,
-                    heads=encoder.heads,
-                    scan=encoder.scan,
-                ),
+                *_block_rules("blocks", "encoder/transformer", encoder),
                 *layout.layer_norm_rules("norm", "encoder/norm"),
                 *layout.linear_rules("decoder_embed", "decoder/embed"),
                 layout.Rule("mask_token", "decoder/mask_token"),
-                *layout.transformer_rules(
-                    "decoder_blocks",
-                    "decoder/transformer",
-                    depth=decoder.depth,
-                    width=decoder.width,
-                    heads=decoder.heads,
-                    scan=decoder.scan,
-                ),
+                *_block_rules("decoder_blocks", "decoder/transformer", decoder),
                 *layout.layer_norm_rules("decoder_norm", "decoder/norm"),
                 *layout.linear_rules("decoder_pred", "decoder/pred"),
             ),
@@ -227,3 +219,10 @@ class MAE(Method):
             ),
             optional=(r"decoder_.*|mask_token",),
         )
+
+
+def _block_rules(key: str, path: str, part: ViT | MaskedDecoder) -> Iterable[layout.Rule]:
+    blocks = part.transformer
+    return layout.transformer_rules(
+        key, path, depth=blocks.depth, width=part.width, heads=blocks.heads, scan=blocks.scan
+    )

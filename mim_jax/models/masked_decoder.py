@@ -1,7 +1,5 @@
 """The decoder of a masked autoencoder: mask tokens, blocks and a linear prediction (MAE)."""
 
-from typing import Any, Literal
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,20 +15,14 @@ class MaskedDecoder(nn.Module):
     Attributes:
         grid: patches along height and width.
         outputs: values predicted for each patch.
-        width, depth, heads, mlp_ratio: sizes of the decoder's transformer.
-        scan, remat, dtype, attention: see `Transformer`.
+        width: token width.
+        transformer: the blocks; their compute type is that of the whole decoder.
     """
 
     grid: tuple[int, int]
     outputs: int
     width: int
-    depth: int
-    heads: int
-    mlp_ratio: float = 4.0
-    scan: bool = False
-    remat: str = "none"
-    dtype: Any = jnp.float32
-    attention: Literal["xla", "cudnn"] | None = None
+    transformer: Transformer
 
     @nn.compact
     def __call__(self, tokens: jax.Array, restore_ids: jax.Array) -> jax.Array:
@@ -44,22 +36,14 @@ class MaskedDecoder(nn.Module):
         Returns:
             Predictions for every patch in row-major order, `[batch, tokens, outputs]`.
         """
+        dtype = self.transformer.dtype
         xavier = nn.initializers.xavier_uniform()
-        tokens = nn.Dense(self.width, kernel_init=xavier, dtype=self.dtype, name="embed")(tokens)
+        tokens = nn.Dense(self.width, kernel_init=xavier, dtype=dtype, name="embed")(tokens)
         mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
         patches = restore_tokens(tokens[:, 1:], mask_token, restore_ids)  # [B, L, D]
         tokens = jnp.concatenate([tokens[:, :1], patches], axis=1)
         positions = sincos_positions(self.grid, self.width, leading_tokens=1)
-        tokens, _ = Transformer(
-            self.depth,
-            self.heads,
-            self.mlp_ratio,
-            self.scan,
-            self.remat,
-            self.dtype,
-            self.attention,
-            name="transformer",
-        )(tokens + jnp.asarray(positions, self.dtype))
-        tokens = layer_norm("norm", self.dtype)(tokens)
-        pred = nn.Dense(self.outputs, kernel_init=xavier, dtype=self.dtype, name="pred")(tokens)
+        tokens, _ = self.transformer(tokens + jnp.asarray(positions, dtype))
+        tokens = layer_norm("norm", dtype)(tokens)
+        pred = nn.Dense(self.outputs, kernel_init=xavier, dtype=dtype, name="pred")(tokens)
         return pred[:, 1:]

@@ -118,8 +118,10 @@ class Transformer(nn.Module):
             `[depth, batch, tokens, width]`.
 
         Raises:
-            ValueError: for an unknown name in `remat`.
+            ValueError: for an unknown name in `remat` or `attention`.
         """
+        if self.attention not in (None, "xla", "cudnn"):
+            raise ValueError(f"attention is {self.attention!r}; known are 'xla' and 'cudnn'.")
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat is {self.remat!r}; known are {', '.join(REMAT_POLICIES)}.")
         block = Block

@@ -1,6 +1,6 @@
 """The Vision Transformer encoder (Dosovitskiy et al., 2021), with the choices of the MAE code."""
 
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -65,23 +65,14 @@ class ViT(nn.Module):
         patch_size: `(height, width)` in pixels.
         channels: channels of the image.
         width: token width.
-        depth: number of blocks.
-        heads: attention heads.
-        mlp_ratio: hidden width of the MLP over the width.
-        scan, remat, dtype, attention: see `Transformer`.
+        transformer: the blocks; their compute type is that of the whole encoder.
     """
 
     image_size: tuple[int, int]
     patch_size: tuple[int, int]
     channels: int
     width: int
-    depth: int
-    heads: int
-    mlp_ratio: float = 4.0
-    scan: bool = False
-    remat: str = "none"
-    dtype: Any = jnp.float32
-    attention: Literal["xla", "cudnn"] | None = None
+    transformer: Transformer
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -113,32 +104,21 @@ class ViT(nn.Module):
                 f"the model expects images [batch, {', '.join(map(str, expected))}], got "
                 f"{images.shape}; set image_size and channels in the config to the data's."
             )
-        batch = images.shape[0]
+        batch, dtype = images.shape[0], self.transformer.dtype
         patches = patchify(images, self.patch_size)  # [B, L, values]
         table = sincos_positions(self.grid, self.width)  # fixed, so not a parameter
-        positions = jnp.broadcast_to(jnp.asarray(table, self.dtype), (batch, *table.shape))
+        positions = jnp.broadcast_to(jnp.asarray(table, dtype), (batch, *table.shape))
         if keep_ids is not None:
             patches = gather_tokens(patches, keep_ids)  # [B, K, values]
             positions = gather_tokens(positions, keep_ids)  # [B, K, D]
-        embed = PatchEmbed(
-            self.width, self.patch_size, self.channels, self.dtype, name="patch_embed"
-        )
+        embed = PatchEmbed(self.width, self.patch_size, self.channels, dtype, name="patch_embed")
         tokens = embed(patches) + positions
         # The class token's position is zero.
         cls_token = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
         cls_token = jnp.broadcast_to(cls_token.astype(tokens.dtype), (batch, 1, self.width))
         tokens = jnp.concatenate([cls_token, tokens], axis=1)
-        tokens, outputs = Transformer(
-            self.depth,
-            self.heads,
-            self.mlp_ratio,
-            self.scan,
-            self.remat,
-            self.dtype,
-            self.attention,
-            name="transformer",
-        )(tokens)
-        return layer_norm("norm", self.dtype)(tokens), outputs
+        tokens, outputs = self.transformer(tokens)
+        return layer_norm("norm", dtype)(tokens), outputs
 
 
 def vit_size(name: str, **given: int) -> dict[str, int]:

@@ -88,8 +88,9 @@ class Experiment:
         cls, config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
     ) -> "Experiment":
         """An experiment for its model and state alone; its schedules mean nothing."""
-        epochs = math.ceil(config.schedule.warmup_epochs + 1)
-        return cls.build(config, examples=epochs * config.batch_size, devices=devices)
+        config = config.copy_and_resolve_references()
+        config.update(steps=0, epochs=math.ceil(config.schedule.warmup_epochs + 1.0) + 0.0)
+        return cls.build(config, examples=config.batch_size, devices=devices)
 
     @classmethod
     def on_one_device(cls, config: ml_collections.ConfigDict) -> "Experiment":

@@ -1,6 +1,7 @@
 """The train state: everything that a checkpoint holds and a step changes."""
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import flax.struct
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mim_jax.method import Batch, Method
+from mim_jax.method import Batch, Ema, Method
 from mim_jax.training import tree
 
 
@@ -61,10 +62,10 @@ def split_trainable(method: Method, params: Any) -> tuple[dict, dict]:
     return trainable, fixed
 
 
-def start_ema(method: Method, params: Any) -> Any:
+def start_ema(emas: Iterable[Ema], params: Any) -> Any:
     """Parameters in which every EMA target is a copy of its source."""
     flat = tree.flatten(params)
-    for ema in method.ema:
+    for ema in emas:
         source = tree.subtree(params, ema.source)
         target = tree.subtree(params, ema.target)
         if set(source) != set(target):
@@ -80,7 +81,7 @@ def state_from_variables(
     method: Method, optimizer: optax.GradientTransformation, variables: Any
 ) -> TrainState:
     """A state at step 0 around given variables."""
-    params = start_ema(method, variables["params"])
+    params = start_ema(method.ema, variables["params"])
     trainable, _ = split_trainable(method, params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),

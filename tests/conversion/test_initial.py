@@ -2,13 +2,15 @@ import functools
 
 import jax
 import numpy as np
+import optax
 import pytest
 
+from mim_jax.conversion import initial
 from mim_jax.conversion.files import write_state_dict
 from mim_jax.conversion.initial import initialize_from, read_official
 from mim_jax.conversion.official import import_checkpoint
 from mim_jax.training.experiment import Experiment, image_shapes
-from mim_jax.training.state import TrainState
+from mim_jax.training.state import TrainState, init_state
 from mim_jax.training.tree import flatten
 from tests.methods.tiny import tiny_config, tiny_mae, tiny_params
 from tests.training.toy import Toy
@@ -50,7 +52,7 @@ def test_an_official_file_gives_all_parameters(official):
     experiment, state = new_run()
     ours, notes = initialize_from(str(official), experiment.method, state)
     assert_params(ours, tiny_params())
-    assert notes == [f"initialized 60 of 60 parameters from {official}"]
+    assert notes == [f"initialized 60 of 60 arrays from {official}"]
 
 
 def test_everything_but_the_parameters_stays(official):
@@ -69,7 +71,7 @@ def test_an_encoder_only_file_leaves_the_decoder_initial_and_the_notes_say_so(tm
     ours, notes = initialize_from(str(tmp_path / "x.safetensors"), experiment.method, state)
     assert_params(ours, {"encoder": tiny_params()["encoder"]})
     assert_params(ours, {"decoder": jax.device_get(state.params)["decoder"]})
-    assert notes[0].startswith("initialized 29 of 60 parameters")
+    assert notes[0].startswith("initialized 29 of 60 arrays")
     listed = notes[1].removeprefix("not in the file, so at their initial values: ").split(", ")
     assert listed == sorted(path for path in flatten(state.params) if path.startswith("decoder/"))
 
@@ -78,7 +80,7 @@ def test_a_run_gives_all_parameters(run):
     experiment, state = new_run()
     ours, notes = initialize_from(str(run), experiment.method, state)
     assert_params(ours, tiny_params())
-    assert notes == [f"initialized 60 of 60 parameters from {run}"]
+    assert notes == [f"initialized 60 of 60 arrays from {run}"]
 
 
 def test_weights_are_laid_out_over_the_devices_as_the_state_was(official):
@@ -138,3 +140,24 @@ def test_a_run_of_another_size_is_an_error_that_lists_all(run):
 def test_a_method_without_official_checkpoint_says_so(official):
     with pytest.raises(ValueError, match="Toy has no official checkpoint to read"):
         read_official(str(official), Toy(), {})
+
+
+def test_a_run_gives_its_teacher_and_mutable_collections_too(tmp_path, monkeypatch):
+    optimizer = optax.with_extra_args_support(optax.identity())
+    state = init_state(Toy(), optimizer, jax.random.key(0), {})
+    given = jax.tree.map(lambda leaf: np.asarray(leaf) + 1, state.variables)
+    monkeypatch.setattr(initial, "read_variables", lambda path: (given, {}))
+    (tmp_path / "checkpoints").mkdir()
+    loaded, notes = initial.initialize_from(str(tmp_path), Toy(), state)
+    jax.tree.map(np.testing.assert_array_equal, loaded.variables, given)
+    assert len(notes) == 1
+
+
+def test_a_teacher_that_the_weights_lack_starts_from_its_student(tmp_path, monkeypatch):
+    optimizer = optax.with_extra_args_support(optax.identity())
+    state = init_state(Toy(), optimizer, jax.random.key(0), {})
+    given = {"student": jax.tree.map(lambda leaf: np.asarray(leaf) + 1, state.params["student"])}
+    monkeypatch.setattr(initial, "read_official", lambda *_: given)
+    loaded, _ = initial.initialize_from("weights.pth", Toy(), state)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params["teacher"], loaded.params["student"])
+    jax.tree.map(np.testing.assert_array_equal, loaded.params["student"], given["student"])

@@ -12,6 +12,7 @@ import pytest
 from mim_jax import config as configs
 from mim_jax.masking import random_masking
 from mim_jax.methods.mae import MAE
+from mim_jax.models.transformer import Transformer
 from mim_jax.models.vit import PatchEmbed, ViT
 from mim_jax.targets import normalize_patches, patchify, unpatchify
 from mim_jax.training.optimizer import adamw, is_decayed, warmup_cosine
@@ -221,6 +222,6 @@ def test_official_checkpoint_round_trip_is_exact(path):
 
 
 def test_vit_needs_no_square_image():
-    encoder = ViT((8, 12), (4, 2), channels=1, width=8, depth=1, heads=2)
+    encoder = ViT((8, 12), (4, 2), channels=1, width=8, transformer=Transformer(1, 2))
     tokens, _ = encoder.init_with_output(jax.random.key(0), jnp.ones((2, 8, 12, 1)))[0]
     assert tokens.shape == (2, 1 + 2 * 6, 8)

@@ -6,6 +6,7 @@ import pytest
 from mim_jax.masking import random_masking
 from mim_jax.models.masked_decoder import MaskedDecoder
 from mim_jax.models.positions import sincos_positions
+from mim_jax.models.transformer import Transformer
 
 GRID, WIDTH, KEPT, OUTPUTS = (2, 3), 8, 2, 5
 BATCH, TOKENS = 3, 6
@@ -26,7 +27,7 @@ def init(decoder: MaskedDecoder) -> dict:
 
 def test_decoder_input_holds_projected_tokens_at_their_true_places_and_mask_tokens_elsewhere():
     # Without blocks the output shows the input: prediction = norm(input) @ kernel + bias.
-    decoder = MaskedDecoder(GRID, OUTPUTS, WIDTH, depth=0, heads=1)
+    decoder = MaskedDecoder(GRID, OUTPUTS, WIDTH, transformer=Transformer(0, 1))
     params = jax.tree.map(lambda p: p + draw(*p.shape, seed=1), init(decoder))
     ours = jax.jit(decoder.apply)({"params": params}, ENCODED, MASKING.restore_ids)
 
@@ -44,7 +45,7 @@ def test_decoder_input_holds_projected_tokens_at_their_true_places_and_mask_toke
 
 
 def test_every_prediction_depends_on_every_visible_token_and_on_the_class_token():
-    decoder = MaskedDecoder(GRID, OUTPUTS, WIDTH, depth=1, heads=2)
+    decoder = MaskedDecoder(GRID, OUTPUTS, WIDTH, transformer=Transformer(1, 2))
     params = init(decoder)
 
     predict = jax.jit(decoder.apply)
@@ -58,7 +59,7 @@ def test_every_prediction_depends_on_every_visible_token_and_on_the_class_token(
 
 
 def test_predictions_leave_out_the_class_token():
-    decoder = MaskedDecoder(GRID, OUTPUTS, WIDTH, depth=1, heads=2)
+    decoder = MaskedDecoder(GRID, OUTPUTS, WIDTH, transformer=Transformer(1, 2))
     shape = jax.eval_shape(
         decoder.init_with_output, jax.random.key(0), ENCODED, MASKING.restore_ids
     )[0]
@@ -66,7 +67,7 @@ def test_predictions_leave_out_the_class_token():
 
 
 def test_the_initial_mask_token_is_normal_with_deviation_0_02():
-    decoder = MaskedDecoder(GRID, OUTPUTS, width=256, depth=0, heads=1)
+    decoder = MaskedDecoder(GRID, OUTPUTS, width=256, transformer=Transformer(0, 1))
     mask_token = init(decoder)["mask_token"]
     assert mask_token.shape == (1, 1, 256)
     np.testing.assert_allclose(mask_token.std(), 0.02, rtol=0.2)
@@ -74,7 +75,7 @@ def test_the_initial_mask_token_is_normal_with_deviation_0_02():
 
 
 def test_bfloat16_compute_keeps_float32_parameters():
-    decoder = MaskedDecoder(GRID, OUTPUTS, WIDTH, depth=1, heads=2, dtype=jnp.bfloat16)
+    decoder = MaskedDecoder(GRID, OUTPUTS, WIDTH, transformer=Transformer(1, 2, dtype=jnp.bfloat16))
     output, shapes = jax.eval_shape(
         decoder.init_with_output, jax.random.key(0), ENCODED, MASKING.restore_ids
     )
@@ -83,6 +84,6 @@ def test_bfloat16_compute_keeps_float32_parameters():
 
 
 def test_a_width_without_positions_is_an_error():
-    decoder = MaskedDecoder(GRID, OUTPUTS, width=6, depth=1, heads=2)
+    decoder = MaskedDecoder(GRID, OUTPUTS, width=6, transformer=Transformer(1, 2))
     with pytest.raises(ValueError, match="divisible by 4, got 6"):
         jax.eval_shape(decoder.init, jax.random.key(0), ENCODED, MASKING.restore_ids)

@@ -141,6 +141,11 @@ def test_rematerialization_computes_matrix_products_again():
     assert operations["none"] <= operations["dots"] < operations["full"]
 
 
+def test_an_unknown_attention_is_an_error_that_lists_the_known():
+    with pytest.raises(ValueError, match="attention is 'flash'; known are 'xla' and 'cudnn'"):
+        jax.eval_shape(Transformer(1, HEADS, attention="flash").init, jax.random.key(0), TOKENS)
+
+
 def test_an_unknown_remat_policy_is_an_error_that_lists_the_known():
     with pytest.raises(ValueError, match="remat is 'everything'; known are none, full, dots"):
         jax.eval_shape(Transformer(1, HEADS, remat="everything").init, jax.random.key(0), TOKENS)

@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mim_jax.models.positions import sincos_positions
+from mim_jax.models.transformer import Transformer
 from mim_jax.models.vit import VIT_SIZES, PatchEmbed, ViT, vit_size
 from mim_jax.targets import patchify
 from mim_jax.training.tree import flatten
 from tests.models.test_transformer import assert_uniform
 
-ENCODER = ViT((8, 12), (4, 2), channels=2, width=8, depth=2, heads=2)
+ENCODER = ViT((8, 12), (4, 2), channels=2, width=8, transformer=Transformer(2, 2))
 TOKENS = 12
 
 
@@ -62,7 +63,7 @@ def test_kept_tokens_carry_the_positions_they_came_from():
 
 
 def test_the_class_token_comes_first_and_has_no_position():
-    bare = ENCODER.copy(depth=0)
+    bare = ENCODER.copy(transformer=Transformer(0, 2))
     params = {k: v for k, v in variables()["params"].items() if k != "transformer"}
     tokens = np.asarray(bare.apply({"params": params}, IMAGES)[0])
     embed = PatchEmbed(8, (4, 2), 2).apply(
@@ -117,7 +118,7 @@ def test_an_image_that_patches_do_not_tile_is_an_error():
 
 
 def test_bfloat16_compute_keeps_float32_parameters():
-    encoder = ENCODER.copy(dtype=jnp.bfloat16)
+    encoder = ENCODER.copy(transformer=Transformer(2, 2, dtype=jnp.bfloat16))
     output, shapes = jax.eval_shape(encoder.init_with_output, jax.random.key(0), IMAGES)
     assert output[0].dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
@@ -137,7 +138,7 @@ def test_positions_are_not_parameters():
 
 def test_initial_patch_embedding_and_class_token_follow_the_official_code():
     width, values = 256, 4 * 4 * 3
-    encoder = ViT((8, 8), (4, 4), channels=3, width=width, depth=0, heads=1)
+    encoder = ViT((8, 8), (4, 4), channels=3, width=width, transformer=Transformer(0, 1))
     params = jax.device_get(encoder.init(jax.random.key(1), jnp.zeros((1, 8, 8, 3))))["params"]
     assert_uniform(params["patch_embed"]["kernel"], np.sqrt(6 / (values + width)))
     bias, bound = params["patch_embed"]["bias"], 1 / np.sqrt(values)
