@@ -131,9 +131,9 @@ def test_a_run_of_another_size_is_an_error_that_lists_all(run):
     with pytest.raises(ValueError) as error:
         initialize_from(str(run), experiment.method, state.replace(params=params))
     assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
-        "missing: head/kernel",
-        "unexpected: decoder/mask_token",
-        "encoder/cls_token: (1, 1, 16) in the run, (1, 1, 24) in the model",
+        "missing: params/head/kernel",
+        "unexpected: params/decoder/mask_token",
+        "params/encoder/cls_token: (1, 1, 16) in the run, (1, 1, 24) in the model",
     ]
 
 
