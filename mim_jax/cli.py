@@ -77,12 +77,27 @@ def _train(arguments: list[str]) -> int:
         "Weights to start from: short for --config.init_from.",
         flag_values=values,
     )
+    flags.DEFINE_bool(
+        "distributed",
+        False,
+        "One of several processes; JAX finds the others on TPU pods, SLURM, Open MPI, Kubernetes.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT of process 0, where JAX cannot find it.", flag_values=values
+    )
+    flags.DEFINE_integer("num_processes", None, "With --coordinator.", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "With --coordinator.", flag_values=values)
     config = _parse(values, "train", arguments)
     assert config is not None
     if values.init_from:
         config.init_from = values.init_from
     folder = Path(values.workdir or _default_workdir(values.config_name))
     _start_jax()
+    if values.distributed or values.coordinator:
+        import jax
+
+        jax.distributed.initialize(values.coordinator, values.num_processes, values.process_id)
     from mim_jax.training.interruption import EXIT_INTERRUPTED, Interrupted
     from mim_jax.training.loop import train
 
@@ -316,6 +331,9 @@ def _require(values: flags.FlagValues, verb: str, name: str) -> None:
 def _start_jax() -> None:
     """Keeps compiled programs between runs, unless the user chose a place already."""
     import jax
+    from absl import logging
+
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of its own defaults
 
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

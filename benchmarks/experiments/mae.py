@@ -3,10 +3,10 @@
     python benchmarks/experiments/mae.py
 
 Questions, and the claim that each one tests:
- 1. Is the task learnable at all? The same network, trained with all labels.
+ 1. Is the task learnable at all? The same network, trained with all labels (one seed).
  2. Are MAE's features better than those of the untrained encoder? Linear probe with 500 and with
     all labels, k-NN, and fine-tuning with 500 labels.
- 3. Is a mask ratio of 75 % better than 50 % or 25 %? (The paper's optimum; may differ here.)
+ 3. Is a mask ratio of 75 % better than 50 %? (The paper's optimum; may differ here.)
  4. Is a step faster when the encoder sees visible patches only, rather than mask tokens as well?
  5. Are removed patches reconstructed better than by the mean patch, or the visible ones' mean?
 
@@ -51,7 +51,7 @@ from mim_jax.training.versions import versions
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "mae_fashion_mnist.json"
 FEW = 500
-RATIOS = (0.75, 0.5, 0.25)
+RATIOS = (0.75, 0.5)
 
 
 def experiment_config(seed: int, ratio: float, epochs: float) -> ml_collections.ConfigDict:
@@ -259,13 +259,13 @@ def main() -> int:
     """Runs everything and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=float, default=6.0)
+    parser.add_argument("--epochs", type=float, default=4.0)
     parser.add_argument("--workdir", type=Path, default=Path("runs/experiments/mae"))
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
     scores: dict[str, dict[str, list[float]]] = {}
     errors: dict[str, list[float]] = {}
-    supervised, pictures = [], []
+    supervised, pictures = 0.0, []
 
     def add(row: str, new: dict[str, float]) -> None:
         for name, value in new.items():
@@ -290,13 +290,14 @@ def main() -> int:
             add("untrained", encoder_scores(experiment, initial))
             for name, start in ((row, variables), ("untrained", initial)):
                 accuracy = classifier_accuracy(
-                    experiment, start["params"], f"train[:{FEW}]", steps=300, seed=seed
+                    experiment, start["params"], f"train[:{FEW}]", steps=150, seed=seed
                 )
                 add(name, {f"fine-tuned, {FEW} labels": accuracy})
-            supervised.append(
-                classifier_accuracy(experiment, initial["params"], "train", steps=1000, seed=seed)
-            )
-            print(f"  supervised with all labels: {supervised[-1]:.4f}", flush=True)
+            if seed == 0:
+                supervised = classifier_accuracy(
+                    experiment, initial["params"], "train", steps=1000, seed=seed
+                )
+                print(f"  supervised with all labels: {supervised:.4f}", flush=True)
     pixels = experiment_config(0, RATIOS[0], 1.0)
     add("raw pixels", feature_scores(lambda split: raw_pixels(centre_crops(pixels, split))))
     result = {
@@ -305,7 +306,7 @@ def main() -> int:
         f"{jax.device_count()} device",
         "versions": versions(),
         "epochs": options.epochs,
-        "supervised, all labels": summary(supervised),
+        "supervised, all labels": supervised,
         "accuracy": {
             row: {name: summary(values) for name, values in columns.items()}
             for row, columns in scores.items()

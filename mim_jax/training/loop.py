@@ -151,7 +151,7 @@ class _Run:
             state = self._state(first_step, first_batch)
             if first_step < total:
                 state = self._steps(state, first_step, first_batch, host_batches)
-        self.save(state, total)
+                self.save(state, total)
         self.checkpoints.wait()
         self.interruption.release()  # all is saved: from here on a signal may simply end the run
         self._pictures(state, total)
