@@ -377,7 +377,7 @@ def test_convert_there_and_back_gives_the_identical_file(capsys, tmp_path):
     source = tmp_path / "mae.safetensors"
     write_state_dict(source, tiny_mae().layout().save(tiny_params()))
     assert run("convert", *TINY, f"--input={source}", "--output=run") == 0
-    assert "initialized 60 of 60 parameters" in capsys.readouterr().out
+    assert "initialized 60 of 60 arrays" in capsys.readouterr().out
     assert run("convert", "--run=run", "--output=again.safetensors") == 0
     assert "read back exactly" in capsys.readouterr().out
     assert (tmp_path / "again.safetensors").read_bytes() == source.read_bytes()
