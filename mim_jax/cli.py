@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(__version__)
         return 0
-    verb, arguments = arguments[0], arguments[1:]
+    verb, arguments = arguments[0], [_with_underscores(a) for a in arguments[1:]]
     if verb not in VERBS:
         return _fail(f"unknown command {verb!r}; known are {', '.join(VERBS)}.")
     try:
@@ -57,6 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 class _HelpShown(Exception):
     """The user asked for the flags of a verb, and has seen them."""
+
+
+def _with_underscores(argument: str) -> str:
+    """A flag whose name may be written with dashes, `--init-from=x`, as absl knows it."""
+    if not argument.startswith("--"):
+        return argument
+    name, separator, value = argument[2:].partition("=")
+    return f"--{name.replace('-', '_')}{separator}{value}"
 
 
 def _fail(message: str) -> int:

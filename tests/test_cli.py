@@ -73,6 +73,13 @@ def trained(monkeypatch):
     return call
 
 
+def test_flags_may_be_written_with_dashes(capsys, tmp_path):
+    missing = tmp_path / "no-such-file.pth"
+    flags = ("--config", "mae:tiny", f"--init-from={missing}", f"--workdir={tmp_path / 'run'}")
+    assert run("train", *flags) == 1
+    assert f"there is no checkpoint file {missing}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",), ("help",)])
 def test_usage_names_every_verb(capsys, arguments):
     assert run(*arguments) == 0

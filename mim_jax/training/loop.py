@@ -230,9 +230,10 @@ class _Run:
             self.on_step(step)
             if self.interruption.requested:
                 self._leave(state, step)
-            if self._due(step, config.log.pictures_every_steps) and step < total:
-                self._pictures(state, step)
-            scores = self._scores(state, step) if step < total else None
+            with self.meter.paused():
+                if self._due(step, config.log.pictures_every_steps) and step < total:
+                    self._pictures(state, step)
+                scores = self._scores(state, step) if step < total else None
             if scores or (step < total and self._due(step, config.checkpoint.every_steps)):
                 self.save(state, step, scores)
         return state
@@ -373,9 +374,16 @@ class _Meter:
         self._waited_before = feed.seconds_waited
         self.seconds_idle += new if idle else 0.0
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out the time that is spent inside."""
+        started = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - started
+
     @property
     def seconds(self) -> float:
-        """Time since the last log line."""
+        """Time since the last log line, pauses left out."""
         return max(time.perf_counter() - self.start, 1e-9)
 
     @property
