@@ -43,7 +43,7 @@ def peak_flops_of(device: jax.Device, dtype: str) -> float:
     product = jax.jit(lambda x: x @ x)
     product(matrix).block_until_ready()
     seconds = []
-    for _ in range(5):
+    for _ in range(15):
         start = time.perf_counter()
         product(matrix).block_until_ready()
         seconds.append(time.perf_counter() - start)
