@@ -164,11 +164,11 @@ def test_three_adamw_steps_match(path):
         # Adam turns a gradient of pure round-off (the key bias has no true gradient) into steps of
         # full size and random sign: there the golden value is a bound, not a number.
         gradient = np.abs(case[f"grad/{key}"])
-        is_signal = gradient > 1e-4 * gradient.max()
+        is_signal = gradient > 1e-5 * gradient.max()
         assert is_signal.mean() > 0.6, key
         assert_close(after[key][is_signal], value[is_signal], key, relative=1e-3)
         moved = np.abs(after[key] - case[f"param/{key}"])[~is_signal]
-        assert np.all(moved <= 1.5 * case["out/step_lr"].sum()), key
+        assert np.all(moved <= 1.1 * case["out/step_lr"].sum()), key
 
 
 def schedule_of(cfg: dict, steps_per_epoch: int):
