@@ -10,7 +10,7 @@ from mim_jax.conversion.files import read_state_dict
 from mim_jax.method import Method
 from mim_jax.training.checkpoints import FOLDER, read_variables
 from mim_jax.training.state import TrainState, start_ema
-from mim_jax.training.tree import flatten, unflatten
+from mim_jax.training.tree import differences, flatten, unflatten
 
 
 def initialize_from(path: str, method: Method, state: TrainState) -> tuple[TrainState, list[str]]:
@@ -32,7 +32,9 @@ def initialize_from(path: str, method: Method, state: TrainState) -> tuple[Train
         if not (Path(path) / FOLDER).is_dir():
             raise FileNotFoundError(f"init_from: {path} is a folder, but no run of ours.")
         given = read_variables(Path(path))[0]
-        _check(path, flatten(given), flatten(state.variables))
+        problems = differences(flatten(given), flatten(state.variables), "the run")
+        if problems:
+            raise ValueError(f"the run {path} holds another model:\n  " + "\n  ".join(problems))
     else:
         given = {"params": read_official(path, method, state.params)}
     old = flatten(state.variables)
@@ -69,16 +71,3 @@ def read_official(path: str, method: Method, like: Any) -> dict[str, Any]:
         return layout.load(read_state_dict(path), like)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def _check(path: str, given: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raises `ValueError` with all names and shapes that differ."""
-    problems = [f"missing: {name}" for name in sorted(set(wanted) - set(given))]
-    problems += [f"unexpected: {name}" for name in sorted(set(given) - set(wanted))]
-    problems += [
-        f"{name}: {given[name].shape} in the run, {wanted[name].shape} in the model"
-        for name in sorted(set(given) & set(wanted))
-        if tuple(given[name].shape) != tuple(wanted[name].shape)
-    ]
-    if problems:
-        raise ValueError(f"the run {path} holds another model:\n  " + "\n  ".join(problems))

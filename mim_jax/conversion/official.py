@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 
 from mim_jax import config as configs
-from mim_jax.conversion.files import write_state_dict
+from mim_jax.conversion.files import read_state_dict, write_state_dict
 from mim_jax.conversion.initial import initialize_from
 from mim_jax.method import method_class
 from mim_jax.training.checkpoints import Checkpoints, read_variables
@@ -40,11 +40,11 @@ def export_run(run: Path, output: Path, step: int | None = None) -> str:
     if layout is None:
         raise ValueError(f"method {about['method']!r} has no official checkpoint format.")
     state = layout.save(variables["params"])
-    again = flatten(layout.load(state, variables["params"]))
+    write_state_dict(output, state)
+    again = flatten(layout.load(read_state_dict(output), variables["params"]))
     for path, value in flatten(variables["params"]).items():
         if not np.array_equal(again[path], value):
-            raise ValueError(f"the layout does not convert {path} exactly; nothing was written.")
-    write_state_dict(output, state)
+            raise ValueError(f"{output} does not give {path} back exactly; do not use the file.")
     return f"wrote {len(state)} arrays to {output}; read back exactly"
 
 

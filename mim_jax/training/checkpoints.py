@@ -16,7 +16,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from mim_jax import config as configs
 from mim_jax.training.state import TrainState
-from mim_jax.training.tree import flatten, unflatten
+from mim_jax.training.tree import differences, flatten, unflatten
 from mim_jax.training.versions import versions
 
 FOLDER = "checkpoints"
@@ -125,15 +125,7 @@ class Checkpoints:
     def _check_shapes(self, like: TrainState, step: int) -> None:
         """Compares variables by path before Orbax reads them, for a message one can act on."""
         metadata = self._manager.item_metadata(step)["variables"]
-        saved = {path: tuple(leaf.shape) for path, leaf in flatten(metadata).items()}
-        wanted = {path: tuple(leaf.shape) for path, leaf in flatten(_variables(like)).items()}
-        problems = [f"missing: {path}" for path in sorted(set(wanted) - set(saved))]
-        problems += [f"unexpected: {path}" for path in sorted(set(saved) - set(wanted))]
-        problems += [
-            f"{path}: {saved[path]} in the checkpoint, {shape} in the model"
-            for path, shape in sorted(wanted.items())
-            if path in saved and saved[path] != shape
-        ]
+        problems = differences(flatten(metadata), flatten(_variables(like)), "the checkpoint")
         if problems:
             raise ValueError(
                 f"{self.folder / str(step)} holds another model:\n  " + "\n  ".join(problems) + "\n"

@@ -47,6 +47,23 @@ def merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]
     return unflatten({**flatten(first), **flatten(second)})
 
 
+def differences(given: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> list[str]:
+    """How the names and shapes of some arrays differ from those of a model, one line each.
+
+    Args:
+        given: arrays (or shapes) by path.
+        wanted: the model's, by path.
+        where: what the given ones are in, such as "the checkpoint".
+    """
+    lines = [f"missing: {path}" for path in sorted(set(wanted) - set(given))]
+    lines += [f"unexpected: {path}" for path in sorted(set(given) - set(wanted))]
+    for path in sorted(set(given) & set(wanted)):
+        ours, theirs = tuple(wanted[path].shape), tuple(given[path].shape)
+        if ours != theirs:
+            lines.append(f"{path}: {theirs} in {where}, {ours} in the model")
+    return lines
+
+
 def subtree(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """Leaves below a path prefix, by the rest of their path."""
     start = prefix.rstrip("/") + "/"
