@@ -2,8 +2,9 @@
 
 import ml_collections
 
-VARIANTS = ("vit_b16", "vit_l16", "vit_h14", "tiny")
-"""The paper's three sizes on ImageNet-1K, and one for a laptop on the embedded images."""
+VARIANTS = ("vit_b16", "vit_l16", "vit_h14", "adapt", "tiny")
+"""The paper's three sizes on ImageNet-1K, one that derives its settings from a folder of images,
+and one for a laptop on the embedded images."""
 
 
 def get_config(variant: str = "vit_b16") -> ml_collections.ConfigDict:
@@ -12,13 +13,16 @@ def get_config(variant: str = "vit_b16") -> ml_collections.ConfigDict:
         dict(
             method="mae",
             model=dict(
-                # "base", "large" or "huge"; width, depth and heads override it where they are > 0.
+                # "tiny" to "huge", as in `VIT_SIZES`; width, depth, heads override it where > 0.
                 size="base",
                 width=0,
                 depth=0,
                 heads=0,
                 mlp_ratio=4.0,
                 patch_size=(16, 16),
+                # Grid that fixed positions are spread over; () for the model's own. Set from the
+                # weights that a run starts from, if they were trained on another one.
+                position_grid=(),
                 decoder_width=512,
                 decoder_depth=8,
                 decoder_heads=16,
@@ -45,6 +49,22 @@ def get_config(variant: str = "vit_b16") -> ml_collections.ConfigDict:
     elif variant == "vit_h14":
         config.model.size = "huge"
         config.model.patch_size = (14, 14)
+    elif variant == "adapt":
+        # All that is empty or 0 here is derived from the data, the weights and the devices.
+        config.model.update(
+            size="", patch_size=(), decoder_width=0, decoder_depth=0, decoder_heads=0
+        )
+        config.data = dict(
+            source="", image_size=(), channels=0, bits=0, mean=(), std=(), workers=0
+        )
+        config.batch_size = 0
+        config.epochs = 0.0
+        config.optimizer.base_lr = 0.0
+        config.schedule.warmup_epochs = -1.0
+        config.log = dict(every_steps=50, pictures_every_steps=1000)
+        config.checkpoint = dict(every_steps=500)
+        config.evaluate = dict(protocols=("auto",), test_split="", crop_ratio=1.0)
+        config.export = dict(formats=("official", "hf-vit"))
     elif variant == "tiny":
         config.model.update(
             size="",

@@ -96,11 +96,23 @@ class Layout:
         constants: official keys that are not parameters here.
         optional: regular expressions of keys that a file may lack as a whole (an encoder-only
             release); their parameters are then left out of the result.
+        unused: regular expressions of keys that a file may hold and this model has no place for
+            (the decoder, for a classifier); see `left_out`.
     """
 
     rules: tuple[Rule, ...]
     constants: tuple[Constant, ...] = ()
     optional: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+    def left_out(self, state: Mapping[str, Array]) -> list[str]:
+        """Keys of an official state dict that `load` passes over, sorted."""
+        known = {rule.key for rule in self.rules} | {table.key for table in self.constants}
+        return sorted(
+            key
+            for key in set(state) - known
+            if any(re.fullmatch(pattern, key) for pattern in self.unused)
+        )
 
     def load(self, state: Mapping[str, Array], like: Mapping[str, Any]) -> dict[str, Any]:
         """Converts an official state dict to our parameters.
@@ -128,7 +140,8 @@ class Layout:
         known = [rule.key for rule in self.rules] + [table.key for table in self.constants]
         expected = {key for key in known if not skipped(key)}
         problems = [f"missing: {key}" for key in sorted(expected - set(state))]
-        problems += [f"unexpected: {key}" for key in sorted(set(state) - expected)]
+        unexpected = set(state) - expected - set(self.left_out(state))
+        problems += [f"unexpected: {key}" for key in sorted(unexpected)]
         pieces: dict[str, dict[int | None, Array]] = {}
         for rule in self.rules:
             if rule.key not in state:
@@ -231,6 +244,26 @@ def transformer_rules(
         block = f"{path}/blocks" if scan else f"{path}/blocks_{i}"
         for official, ours, transform in table:
             yield Rule(f"{key}.{i}.{official}", f"{block}/{ours}", transform, i if scan else None)
+
+
+def vit_rules(
+    path: str, *, depth: int, width: int, heads: int, scan: bool = False
+) -> Iterable[Rule]:
+    """Rules of a timm ViT without positions and norm: class token, patch embedding, blocks.
+
+    Args:
+        path: path of our `ViT`.
+        depth: number of blocks.
+        width: token width.
+        heads: attention heads.
+        scan: whether our blocks are stacked.
+    """
+    yield Rule("cls_token", f"{path}/cls_token")
+    yield Rule("patch_embed.proj.weight", f"{path}/patch_embed/kernel", CONV2D)
+    yield Rule("patch_embed.proj.bias", f"{path}/patch_embed/bias")
+    yield from transformer_rules(
+        "blocks", f"{path}/transformer", depth=depth, width=width, heads=heads, scan=scan
+    )
 
 
 def layer_norm_rules(key: str, path: str) -> tuple[Rule, Rule]:

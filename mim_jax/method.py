@@ -14,6 +14,7 @@ import ml_collections
 import numpy as np
 
 from mim_jax.layout import Layout
+from mim_jax.models.vit import ViT
 
 Variables = Mapping[str, Any]
 """Linen variables: `params` and any mutable collections (`batch_stats`, ...)."""
@@ -134,12 +135,15 @@ class Method(abc.ABC):
         frozen: path patterns of parameters with neither gradient nor optimizer state.
         ema: parts that follow other parts.
         groups: optimizer groups; parameters that match none are in the group "default".
+        no_decay: path patterns of parameters without weight decay, beside all biases, norm scales
+            and other 1-D parameters.
     """
 
     streams: ClassVar[tuple[str, ...]] = ()
     frozen: ClassVar[tuple[str, ...]] = ()
     ema: ClassVar[tuple[Ema, ...]] = ()
     groups: ClassVar[tuple[Group, ...]] = ()
+    no_decay: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     @abc.abstractmethod
@@ -171,9 +175,52 @@ class Method(abc.ABC):
         """Pictures by name that show what the model does; empty if there are none."""
         return {}
 
+    def rate_scale(self, path: str, shape: tuple[int, ...]) -> float | np.ndarray:
+        """Factor on the learning rate of one parameter, such as a layer-wise decay.
+
+        Args:
+            path: of the parameter.
+            shape: of the parameter; one that is stacked over blocks may get a factor for each,
+                `[depth, 1, ...]`.
+        """
+        return 1.0
+
+    @property
+    def encoder(self) -> ViT | None:
+        """The ViT whose parameters lie below "encoder/", or None if there is no such thing."""
+        return None
+
     def layout(self) -> Layout | None:
         """The table of the paper's official checkpoint, or None if there is none."""
         return None
+
+    def sized_like(self, state: Mapping[str, np.ndarray], known: Mapping[str, Any]) -> "Method":
+        """This method with the sizes of an official state dict.
+
+        Args:
+            state: arrays by official key.
+            known: sizes that shapes do not tell, as far as another source does: `heads`,
+                `decoder_heads`, `image_size`. Without it they stay as they are here.
+
+        Raises:
+            ValueError: if the state dict is of another kind.
+        """
+        return self
+
+    def adopt(
+        self, path: str, given: Mapping[str, np.ndarray], donor: "Method"
+    ) -> np.ndarray | None:
+        """One of this method's parameters, from those of another model of perhaps other sizes.
+
+        Args:
+            path: of the parameter.
+            given: the donor's parameters by path.
+            donor: the method that they belong to.
+
+        Returns:
+            The array, or None if the donor has nothing for it.
+        """
+        return given.get(path)
 
     def check(self, batch: Mapping[str, Any]) -> None:
         """Compares a batch with `inputs`, before anything is compiled.

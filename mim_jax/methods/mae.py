@@ -2,20 +2,22 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
-from typing import ClassVar, NamedTuple
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from mim_jax import layout, losses, masking, targets
 from mim_jax.method import Aux, Batch, Features, Input, Method, Picture, Variables, register
 from mim_jax.models.masked_decoder import MaskedDecoder
-from mim_jax.models.positions import sincos_positions
-from mim_jax.models.transformer import Transformer
-from mim_jax.models.vit import ViT, vit_size
+from mim_jax.models.transformer import Transformer, restacked
+from mim_jax.models.vit import VIT_SIZES, ViT, adopted, resize_patch_outputs, vit_size
 
 
 class Reconstruction(NamedTuple):
@@ -84,32 +86,21 @@ class MAE(Method):
             ValueError: if image, patch, model size and mask ratio do not fit together.
         """
         model = config.model
-        size = vit_size(model.size, width=model.width, depth=model.depth, heads=model.heads)
-        image_size, patch_size = tuple(config.data.image_size), tuple(model.patch_size)
-        grid = masking.token_grid(image_size, patch_size)
-        kept = masking.num_kept(grid[0] * grid[1], model.mask_ratio)
-        blocks = functools.partial(
-            Transformer,
-            mlp_ratio=model.mlp_ratio,
-            scan=model.scan,
-            remat=model.remat,
-            dtype=jnp.dtype(config.compute_dtype),
-            attention=model.attention or None,
-        )
-        encoder = ViT(
-            image_size,
-            patch_size,
-            config.data.channels,
-            size["width"],
-            blocks(size["depth"], size["heads"]),
-        )
+        encoder = build_encoder(config)
         decoder = MaskedDecoder(
             encoder.grid,
-            outputs=patch_size[0] * patch_size[1] * config.data.channels,
+            outputs=math.prod(encoder.patch_size) * encoder.channels,
             width=model.decoder_width,
-            transformer=blocks(model.decoder_depth, model.decoder_heads),
+            transformer=blocks_of(config)(model.decoder_depth, model.decoder_heads),
+            position_grid=encoder.position_grid,
         )
+        kept = masking.num_kept(math.prod(encoder.grid), model.mask_ratio)
         return cls(MaskedAutoencoder(encoder, decoder, kept), model.normalize_target)
+
+    @property
+    def encoder(self) -> ViT:
+        """The encoder."""
+        return self.model.encoder
 
     @property
     def inputs(self) -> Mapping[str, Input]:
@@ -197,32 +188,179 @@ class MAE(Method):
 
     def layout(self) -> layout.Layout:
         """The official pre-training checkpoint; releases without the decoder are accepted."""
-        encoder, decoder = self.model.encoder, self.model.decoder
-        encoder_positions = sincos_positions(encoder.grid, encoder.width, leading_tokens=1)[None]
-        decoder_positions = sincos_positions(decoder.grid, decoder.width, leading_tokens=1)[None]
+        decoder = self.model.decoder
+        blocks = decoder.transformer
         return layout.Layout(
             rules=(
-                layout.Rule("cls_token", "encoder/cls_token"),
-                layout.Rule("patch_embed.proj.weight", "encoder/patch_embed/kernel", layout.CONV2D),
-                layout.Rule("patch_embed.proj.bias", "encoder/patch_embed/bias"),
-                *_block_rules("blocks", "encoder/transformer", encoder),
+                *encoder_rules(self.encoder),
                 *layout.layer_norm_rules("norm", "encoder/norm"),
                 *layout.linear_rules("decoder_embed", "decoder/embed"),
                 layout.Rule("mask_token", "decoder/mask_token"),
-                *_block_rules("decoder_blocks", "decoder/transformer", decoder),
+                *layout.transformer_rules(
+                    "decoder_blocks",
+                    "decoder/transformer",
+                    depth=blocks.depth,
+                    width=decoder.width,
+                    heads=blocks.heads,
+                    scan=blocks.scan,
+                ),
                 *layout.layer_norm_rules("decoder_norm", "decoder/norm"),
                 *layout.linear_rules("decoder_pred", "decoder/pred"),
             ),
             constants=(
-                layout.Constant("pos_embed", encoder_positions),
-                layout.Constant("decoder_pos_embed", decoder_positions),
+                layout.Constant("pos_embed", self.encoder.position_table()[None]),
+                layout.Constant("decoder_pos_embed", decoder.position_table()[None]),
             ),
             optional=(r"decoder_.*|mask_token",),
         )
 
+    def sized_like(self, state: Mapping[str, np.ndarray], known: Mapping[str, Any]) -> "MAE":
+        """An MAE of the sizes of an official checkpoint, with or without a decoder."""
+        encoder, decoder = encoder_like(state, known, self.encoder), self.model.decoder
+        outputs = math.prod(encoder.patch_size) * encoder.channels
+        blocks = decoder.transformer
+        if "decoder_embed.weight" in state:
+            width = len(state["decoder_embed.weight"])
+            # All released decoders have 32 channels a head, which no shape tells.
+            heads = blocks.heads if width == decoder.width else max(width // 32, 1)
+            heads = known.get("decoder_heads", heads)
+            depth = _depth("decoder_blocks", state)
+            blocks = blocks.clone(depth=depth, heads=heads, mlp_ratio=_mlp_ratio(state))
+            decoder = decoder.clone(width=width)
+        decoder = decoder.clone(
+            grid=encoder.grid, outputs=outputs, transformer=blocks, position_grid=None
+        )
+        kept = masking.num_kept(math.prod(encoder.grid), 1 - self.model.kept / self.tokens)
+        return dataclasses.replace(self, model=MaskedAutoencoder(encoder, decoder, kept))
 
-def _block_rules(key: str, path: str, part: ViT | MaskedDecoder) -> Iterable[layout.Rule]:
-    blocks = part.transformer
-    return layout.transformer_rules(
-        key, path, depth=blocks.depth, width=part.width, heads=blocks.heads, scan=blocks.scan
+    def adopt(self, path: str, given: Mapping[str, np.ndarray], donor: Method) -> np.ndarray | None:
+        """Encoders of any method; the decoder of another MAE, its prediction resized."""
+        if path.startswith("encoder/"):
+            return adopt_encoder(path, given, donor, self.encoder)
+        if not isinstance(donor, MAE):
+            return None
+        old, new = donor.model.decoder, self.model.decoder
+        if path.startswith("decoder/pred/") and path in given:
+            return resize_patch_outputs(
+                given[path],
+                (donor.encoder.patch_size, donor.encoder.channels),
+                (self.encoder.patch_size, self.encoder.channels),
+            )
+        return restacked(path, given, old.transformer, new.transformer)
+
+
+def blocks_of(config: ml_collections.ConfigDict) -> Callable[..., Transformer]:
+    """`Transformer` with what `config.model` and `config.compute_dtype` say of all blocks."""
+    model = config.model
+    return functools.partial(
+        Transformer,
+        mlp_ratio=model.mlp_ratio,
+        scan=model.scan,
+        remat=model.remat,
+        dtype=jnp.dtype(config.compute_dtype),
+        attention=model.attention or None,
     )
+
+
+def build_encoder(config: ml_collections.ConfigDict, drop_path: float = 0.0, **fields: Any) -> ViT:
+    """The ViT of `config.model` for images of `config.data`.
+
+    Args:
+        config: a complete config.
+        drop_path: rate of stochastic depth.
+        **fields: further fields of `ViT`.
+
+    Raises:
+        ValueError: if image, patch and model size do not fit together.
+    """
+    model = config.model
+    size = vit_size(model.size, width=model.width, depth=model.depth, heads=model.heads)
+    encoder = ViT(
+        tuple(config.data.image_size),
+        tuple(model.patch_size),
+        config.data.channels,
+        size["width"],
+        blocks_of(config)(size["depth"], size["heads"], drop_path=drop_path),
+        position_grid=tuple(model.position_grid) or None,
+        **fields,
+    )
+    masking.token_grid(encoder.image_size, encoder.patch_size)  # raises if they do not fit
+    return encoder
+
+
+def encoder_rules(encoder: ViT) -> tuple[layout.Rule, ...]:
+    """Rules of an official encoder below "encoder/", without positions and norm."""
+    blocks = encoder.transformer
+    return tuple(
+        layout.vit_rules(
+            "encoder",
+            depth=blocks.depth,
+            width=encoder.width,
+            heads=blocks.heads,
+            scan=blocks.scan,
+        )
+    )
+
+
+def encoder_like(state: Mapping[str, np.ndarray], known: Mapping[str, Any], template: ViT) -> ViT:
+    """The ViT of an official state dict; what nothing tells is that of the template.
+
+    Args:
+        state: arrays by official key.
+        known: see `Method.sized_like`.
+        template: a ViT.
+
+    Raises:
+        ValueError: if the file has no patch embedding, or its positions fit no known grid.
+    """
+    if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
+        raise ValueError(
+            "it has no patch_embed.proj.weight and pos_embed, so it is no ViT in the naming of "
+            f"MAE and timm; it begins with {', '.join(sorted(state)[:5])}."
+        )
+    width, channels, *patch_size = state["patch_embed.proj.weight"].shape
+    tokens = state["pos_embed"].shape[1] - 1
+    grid = template.grid
+    if "image_size" in known:
+        height, columns = known["image_size"]
+        grid = (height // patch_size[0], columns // patch_size[1])
+    if math.prod(grid) != tokens:
+        side = math.isqrt(tokens)
+        if side * side != tokens:
+            raise ValueError(
+                f"its {tokens} positions are no square; set data.image_size and model.patch_size "
+                "to those of the file."
+            )
+        grid = (side, side)
+    blocks = template.transformer
+    heads = next((s["heads"] for s in VIT_SIZES.values() if s["width"] == width), blocks.heads)
+    if width == template.width:
+        heads = blocks.heads
+    heads = known.get("heads", heads)
+    return template.clone(
+        image_size=(grid[0] * patch_size[0], grid[1] * patch_size[1]),
+        patch_size=tuple(patch_size),
+        channels=channels,
+        width=width,
+        transformer=blocks.clone(
+            depth=_depth("blocks", state), heads=heads, mlp_ratio=_mlp_ratio(state)
+        ),
+        position_grid=None,
+    )
+
+
+def adopt_encoder(
+    path: str, given: Mapping[str, np.ndarray], donor: Method, receiver: ViT
+) -> np.ndarray | None:
+    """A parameter below "encoder/" from the encoder of another method."""
+    return adopted(path, given, donor.encoder, receiver) if donor.encoder else given.get(path)
+
+
+def _depth(key: str, state: Mapping[str, np.ndarray]) -> int:
+    found = [re.match(rf"{key}\.(\d+)\.", name) for name in state]
+    return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+
+def _mlp_ratio(state: Mapping[str, np.ndarray]) -> float:
+    hidden, width = state["blocks.0.mlp.fc1.weight"].shape
+    return hidden / width

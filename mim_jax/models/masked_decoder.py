@@ -3,9 +3,10 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mim_jax.masking import restore_tokens
-from mim_jax.models.positions import sincos_positions
+from mim_jax.models.positions import resize_positions, sincos_positions
 from mim_jax.models.transformer import Transformer, layer_norm
 
 
@@ -17,12 +18,20 @@ class MaskedDecoder(nn.Module):
         outputs: values predicted for each patch.
         width: token width.
         transformer: the blocks; their compute type is that of the whole decoder.
+        position_grid: as for `ViT`.
     """
 
     grid: tuple[int, int]
     outputs: int
     width: int
     transformer: Transformer
+    position_grid: tuple[int, int] | None = None
+
+    def position_table(self) -> np.ndarray:
+        """The fixed table, float32 `[1 + tokens, width]`; that of the class token is zero."""
+        source = self.position_grid or self.grid
+        table = sincos_positions(source, self.width, leading_tokens=1)
+        return resize_positions(table, source, self.grid)
 
     @nn.compact
     def __call__(self, tokens: jax.Array, restore_ids: jax.Array) -> jax.Array:
@@ -42,8 +51,7 @@ class MaskedDecoder(nn.Module):
         mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
         patches = restore_tokens(tokens[:, 1:], mask_token, restore_ids)  # [B, L, D]
         tokens = jnp.concatenate([tokens[:, :1], patches], axis=1)
-        positions = sincos_positions(self.grid, self.width, leading_tokens=1)
-        tokens, _ = self.transformer(tokens + jnp.asarray(positions, dtype))
+        tokens, _ = self.transformer(tokens + jnp.asarray(self.position_table(), dtype))
         tokens = layer_norm("norm", dtype)(tokens)
         pred = nn.Dense(self.outputs, kernel_init=xavier, dtype=dtype, name="pred")(tokens)
         return pred[:, 1:]

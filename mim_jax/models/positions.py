@@ -1,4 +1,4 @@
-"""Fixed sine-cosine position tables."""
+"""Position tables: fixed sine-cosine ones, and any table resized to another grid."""
 
 import math
 from collections.abc import Sequence
@@ -28,3 +28,51 @@ def sincos_positions(grid: Sequence[int], width: int, leading_tokens: int = 0) -
     table = np.concatenate(halves, axis=1).astype(np.float32)
     assert table.shape == (math.prod(grid), width)
     return np.concatenate([np.zeros((leading_tokens, width), np.float32), table])
+
+
+CUBIC = -0.75
+"""The free parameter of PyTorch's bicubic kernel; `jax.image` and Pillow have -0.5."""
+
+
+def resize_positions(table: np.ndarray, old: Sequence[int], new: Sequence[int]) -> np.ndarray:
+    """A table of one grid for another: bicubic over the grid, leading tokens as they are.
+
+    PyTorch's `interpolate(mode="bicubic", align_corners=False)`, which does not widen its kernel
+    when it shrinks (MAE code, `util/pos_embed.py`).
+
+    Args:
+        table: `[leading_tokens + tokens, width]`, tokens in row-major order.
+        old: rows and columns of the table's grid.
+        new: rows and columns of the wanted grid.
+
+    Returns:
+        float32 `[leading_tokens + new tokens, width]`; the table itself for an equal grid.
+
+    Raises:
+        ValueError: if the table has fewer rows than the old grid has tokens.
+    """
+    if tuple(old) == tuple(new):
+        return table
+    leading = len(table) - math.prod(old)
+    if leading < 0:
+        raise ValueError(f"a position table of {len(table)} rows has no grid of {tuple(old)}.")
+    image = np.asarray(table[leading:], np.float64).reshape(*old, -1)
+    rows, columns = (bicubic_matrix(before, after) for before, after in zip(old, new))
+    image = np.einsum("ij,jkd->ikd", rows, image)
+    image = np.einsum("ij,kjd->kid", columns, image)
+    patches = image.reshape(math.prod(new), -1).astype(np.float32)
+    return np.concatenate([np.asarray(table[:leading], np.float32), patches])
+
+
+def bicubic_matrix(old: int, new: int) -> np.ndarray:
+    """PyTorch's bicubic interpolation from `old` to `new` samples as a matrix `[new, old]`."""
+    centre = (np.arange(new) + 0.5) * old / new - 0.5
+    first = np.floor(centre).astype(int)
+    matrix = np.zeros((new, old))
+    for offset in range(-1, 3):
+        distance = np.abs(centre - (first + offset))
+        near = ((CUBIC + 2) * distance - (CUBIC + 3)) * distance**2 + 1
+        far = CUBIC * (((distance - 5) * distance + 8) * distance - 4)
+        source = np.clip(first + offset, 0, old - 1)  # the border is repeated
+        np.add.at(matrix, (np.arange(new), source), np.where(distance <= 1, near, far))
+    return matrix

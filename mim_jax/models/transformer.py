@@ -1,10 +1,13 @@
 """Pre-norm transformer blocks (Dosovitskiy et al., 2021), as MAE and its descendants use them."""
 
+import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 LAYER_NORM_EPSILON = 1e-6
 """Epsilon of every LayerNorm in the MAE code; PyTorch's own default is 1e-5."""
@@ -17,7 +20,7 @@ REMAT_POLICIES = {
 """What the backward pass keeps: everything, block inputs only, or matrix products as well."""
 
 
-def layer_norm(name: str, dtype: Any) -> nn.LayerNorm:
+def layer_norm(name: str | None, dtype: Any) -> nn.LayerNorm:
     """LayerNorm with float32 statistics, computed in two passes as PyTorch does."""
     return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, use_fast_variance=False, dtype=dtype, name=name)
 
@@ -80,11 +83,38 @@ class Block(nn.Module):
     attention: Literal["xla", "cudnn"] | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `[batch, tokens, width]` to the same shape."""
+    def __call__(
+        self, x: jax.Array, branch_scales: tuple[jax.Array, jax.Array] | None = None
+    ) -> jax.Array:
+        """Maps `[batch, tokens, width]` to the same shape.
+
+        Args:
+            x: tokens.
+            branch_scales: factors on both branches, each broadcast against `x`; see `drop_path`.
+        """
         attention = Attention(self.heads, self.dtype, self.attention, name="attention")
-        x = x + attention(layer_norm("norm1", self.dtype)(x))
-        return x + Mlp(self.mlp_ratio, self.dtype, name="mlp")(layer_norm("norm2", self.dtype)(x))
+        branch = attention(layer_norm("norm1", self.dtype)(x))
+        x = x + (branch if branch_scales is None else branch * branch_scales[0])
+        mlp = Mlp(self.mlp_ratio, self.dtype, name="mlp")
+        branch = mlp(layer_norm("norm2", self.dtype)(x))
+        return x + (branch if branch_scales is None else branch * branch_scales[1])
+
+
+def drop_path_scales(noise: jax.Array, rate: float) -> jax.Array:
+    """Factors that switch whole branches off (stochastic depth, Huang et al., 2016).
+
+    The rate of a block grows linearly from 0 to `rate`. A branch of a sample is kept where
+    `floor(1 - rate + noise)` is 1, and divided by `1 - rate` then (timm's `DropPath`).
+
+    Args:
+        noise: uniform in [0, 1), `[depth, 2, batch]`; the second axis is attention, MLP.
+        rate: of the last block, in [0, 1).
+
+    Returns:
+        `[depth, 2, batch, 1, 1]`, float32.
+    """
+    keep = 1 - jnp.linspace(0, rate, noise.shape[0])[:, None, None]
+    return (jnp.floor(keep + noise) / keep)[..., None, None]
 
 
 class Transformer(nn.Module):
@@ -99,6 +129,7 @@ class Transformer(nn.Module):
         remat: a name in `REMAT_POLICIES`; anything but "none" trades time for memory.
         dtype: compute type of matrix products.
         attention: implementation of `jax.nn.dot_product_attention`; None lets JAX choose.
+        drop_path: rate of stochastic depth in the last block, in [0, 1); see `drop_path_scales`.
     """
 
     depth: int
@@ -108,18 +139,27 @@ class Transformer(nn.Module):
     remat: str = "none"
     dtype: Any = jnp.float32
     attention: Literal["xla", "cudnn"] | None = None
+    drop_path: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, list[jax.Array] | jax.Array]:
+    def __call__(
+        self, x: jax.Array, drop_path_noise: jax.Array | None = None
+    ) -> tuple[jax.Array, list[jax.Array] | jax.Array]:
         """Maps `[batch, tokens, width]` to the same shape.
+
+        Args:
+            x: tokens.
+            drop_path_noise: uniform in [0, 1), `[depth, 2, batch]`; None keeps every branch.
 
         Returns:
             The last output, and the outputs of all blocks: a list, or under `scan` one array
             `[depth, batch, tokens, width]`.
 
         Raises:
-            ValueError: for an unknown name in `remat` or `attention`.
+            ValueError: for an unknown name in `remat` or `attention`, or a bad `drop_path`.
         """
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path is {self.drop_path}; it must be in [0, 1).")
         if self.attention not in (None, "xla", "cudnn"):
             raise ValueError(f"attention is {self.attention!r}; known are 'xla' and 'cudnn'.")
         if self.remat not in REMAT_POLICIES:
@@ -131,18 +171,49 @@ class Transformer(nn.Module):
         settings = dict(
             heads=self.heads, mlp_ratio=self.mlp_ratio, dtype=self.dtype, attention=self.attention
         )
+        scales = None
+        if drop_path_noise is not None and self.drop_path:
+            scales = drop_path_scales(drop_path_noise, self.drop_path).astype(x.dtype)
         if self.scan:
 
-            def body(module: nn.Module, carry: jax.Array) -> tuple[jax.Array, jax.Array]:
-                carry = module(carry)
+            def body(
+                module: nn.Module, carry: jax.Array, scale: jax.Array | None
+            ) -> tuple[jax.Array, jax.Array]:
+                carry = module(carry, None if scale is None else (scale[0], scale[1]))
                 return carry, carry
 
             loop = nn.scan(
                 body, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth
             )
-            return loop(block(**settings, name="blocks"), x)
+            return loop(block(**settings, name="blocks"), x, scales)
         outputs = []
         for i in range(self.depth):
-            x = block(**settings, name=f"blocks_{i}")(x)
+            scale = None if scales is None else (scales[i, 0], scales[i, 1])
+            x = block(**settings, name=f"blocks_{i}")(x, scale)
             outputs.append(x)
         return x, outputs
+
+
+def restacked(
+    name: str, given: Mapping[str, np.ndarray], donor: Transformer, receiver: Transformer
+) -> np.ndarray | None:
+    """A parameter below a `Transformer`'s owner, whether or not both run their blocks by `scan`.
+
+    Args:
+        name: path such as `transformer/blocks_3/mlp/fc1/kernel`, or `transformer/blocks/...`.
+        given: the donor's parameters by path.
+        donor: the blocks that have them.
+        receiver: the blocks that get them.
+
+    Returns:
+        The array, or None if the donor lacks it.
+    """
+    single = re.fullmatch(r"(.*/blocks)_(\d+)/(.*)", name)
+    if donor.scan and single:
+        stack = given.get(f"{single[1]}/{single[3]}")
+        index = int(single[2])
+        return None if stack is None or index >= len(stack) else stack[index]
+    if receiver.scan and not donor.scan and "/blocks/" in name:
+        parts = [given.get(name.replace("/blocks/", f"/blocks_{i}/")) for i in range(donor.depth)]
+        return None if any(part is None for part in parts) else np.stack(parts)  # type: ignore[arg-type]
+    return given.get(name)

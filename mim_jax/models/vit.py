@@ -1,5 +1,6 @@
 """The Vision Transformer encoder (Dosovitskiy et al., 2021), with the choices of the MAE code."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -8,16 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from mim_jax.masking import gather_tokens, token_grid
-from mim_jax.models.positions import sincos_positions
-from mim_jax.models.transformer import Transformer, layer_norm
+from mim_jax.models.positions import bicubic_matrix, resize_positions, sincos_positions
+from mim_jax.models.transformer import Transformer, layer_norm, restacked
 from mim_jax.targets import patchify
 
 VIT_SIZES: dict[str, dict[str, int]] = {
+    "tiny": dict(width=192, depth=12, heads=3),
+    "small": dict(width=384, depth=12, heads=6),
     "base": dict(width=768, depth=12, heads=12),
     "large": dict(width=1024, depth=24, heads=16),
     "huge": dict(width=1280, depth=32, heads=16),
 }
-"""Encoder sizes of MAE (appendix A.1), named as in the paper."""
+"""Encoder sizes of MAE (appendix A.1), named as in the paper, and the two smaller ones of DeiT."""
 
 
 class PatchEmbed(nn.Module):
@@ -58,7 +61,7 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """Patch embedding, fixed positions, class token, transformer blocks and a final LayerNorm.
+    """Patch embedding, positions, class token, transformer blocks and a final LayerNorm.
 
     Attributes:
         image_size: `(height, width)` in pixels; need not be square.
@@ -66,6 +69,12 @@ class ViT(nn.Module):
         channels: channels of the image.
         width: token width.
         transformer: the blocks; their compute type is that of the whole encoder.
+        learned_positions: positions are a parameter `[1 + tokens, width]`, the class token's
+            first, which starts as the fixed table.
+        position_grid: the fixed table is that of this grid, resized to the model's own, so that
+            an encoder pre-trained on one image size sees another as it did the first; None takes
+            the model's own grid.
+        final_norm: normalize the output.
     """
 
     image_size: tuple[int, int]
@@ -73,6 +82,9 @@ class ViT(nn.Module):
     channels: int
     width: int
     transformer: Transformer
+    learned_positions: bool = False
+    position_grid: tuple[int, int] | None = None
+    final_norm: bool = True
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -80,9 +92,18 @@ class ViT(nn.Module):
         rows, columns = token_grid(self.image_size, self.patch_size)
         return rows, columns
 
+    def position_table(self) -> np.ndarray:
+        """The fixed table, float32 `[1 + tokens, width]`; that of the class token is zero."""
+        source = self.position_grid or self.grid
+        table = sincos_positions(source, self.width, leading_tokens=1)
+        return resize_positions(table, source, self.grid)
+
     @nn.compact
     def __call__(
-        self, images: jax.Array, keep_ids: jax.Array | None = None
+        self,
+        images: jax.Array,
+        keep_ids: jax.Array | None = None,
+        drop_path_noise: jax.Array | None = None,
     ) -> tuple[jax.Array, list[jax.Array] | jax.Array]:
         """Encodes the patches named by `keep_ids`, or all of them.
 
@@ -90,10 +111,11 @@ class ViT(nn.Module):
             images: `[batch, height, width, channels]`, normalized.
             keep_ids: int32 `[batch, kept]`, positions of visible patches. Removed patches are
                 dropped before the embedding: nothing is computed for them.
+            drop_path_noise: see `Transformer`.
 
         Returns:
-            The normalized tokens `[batch, 1 + kept, width]`, class token first, and the outputs
-            of all blocks before the final norm, see `Transformer`.
+            The tokens `[batch, 1 + kept, width]`, class token first, normalized if `final_norm`,
+            and the outputs of all blocks before that, see `Transformer`.
 
         Raises:
             ValueError: if the images do not have the size and channels of the model.
@@ -106,19 +128,21 @@ class ViT(nn.Module):
             )
         batch, dtype = images.shape[0], self.transformer.dtype
         patches = patchify(images, self.patch_size)  # [B, L, values]
-        table = sincos_positions(self.grid, self.width)  # fixed, so not a parameter
-        positions = jnp.broadcast_to(jnp.asarray(table, dtype), (batch, *table.shape))
+        table: Any = self.position_table()  # fixed, so not a parameter
+        if self.learned_positions:
+            table = self.param("positions", lambda key: jnp.asarray(table))
+        table = jnp.asarray(table, dtype)  # [1 + L, D]
+        positions = jnp.broadcast_to(table[1:], (batch, *table[1:].shape))
         if keep_ids is not None:
             patches = gather_tokens(patches, keep_ids)  # [B, K, values]
             positions = gather_tokens(positions, keep_ids)  # [B, K, D]
         embed = PatchEmbed(self.width, self.patch_size, self.channels, dtype, name="patch_embed")
         tokens = embed(patches) + positions
-        # The class token's position is zero.
         cls_token = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
-        cls_token = jnp.broadcast_to(cls_token.astype(tokens.dtype), (batch, 1, self.width))
+        cls_token = jnp.broadcast_to(cls_token.astype(dtype) + table[0], (batch, 1, self.width))
         tokens = jnp.concatenate([cls_token, tokens], axis=1)
-        tokens, outputs = self.transformer(tokens)
-        return layer_norm("norm", dtype)(tokens), outputs
+        tokens, outputs = self.transformer(tokens, drop_path_noise)
+        return layer_norm("norm", dtype)(tokens) if self.final_norm else tokens, outputs
 
 
 def vit_size(name: str, **given: int) -> dict[str, int]:
@@ -134,3 +158,81 @@ def vit_size(name: str, **given: int) -> dict[str, int]:
         if key not in size:
             raise ValueError(f"set model.size to one of {', '.join(VIT_SIZES)}, or model.{key}.")
     return size
+
+
+def adopted(
+    name: str, given: Mapping[str, np.ndarray], donor: ViT, receiver: ViT
+) -> np.ndarray | None:
+    """One parameter of an encoder from those of another, which may see images of another kind.
+
+    The patch kernel is resized to the receiver's patches and channels, positions to its grid (a
+    fixed table may become the start of a learned one), and blocks are stacked or unstacked.
+
+    Args:
+        name: path of the parameter, the same in both.
+        given: the donor's parameters by path.
+        donor: the encoder that has them.
+        receiver: the encoder that gets them.
+
+    Returns:
+        The array, or None if the donor has nothing for it. Its shape may still be wrong, if the
+        encoders differ in width or depth.
+    """
+    if name.endswith("/positions"):
+        table = given.get(name, donor.position_table())
+        return resize_positions(np.asarray(table), donor.grid, receiver.grid)
+    if name.endswith("/patch_embed/kernel") and name in given:
+        return resize_patch_kernel(given[name], receiver.patch_size, receiver.channels)
+    return restacked(name, given, donor.transformer, receiver.transformer)
+
+
+def resize_patch_kernel(
+    kernel: np.ndarray, patch_size: tuple[int, int], channels: int
+) -> np.ndarray:
+    """A patch kernel `[patch_height, patch_width, channels, width]` for other patches.
+
+    Of another size: the kernel whose product with a bicubically resized patch is nearest to that
+    of the old kernel with the old patch (FlexiViT, Beyer et al., 2023, section 3.4). Of another
+    number of channels: summed for one, so that a grey image gives what its three equal channels
+    gave; else repeated in turn and scaled to keep the size of the output (timm).
+    """
+    old = kernel.shape[:2]
+    if tuple(old) != tuple(patch_size):
+        rows, columns = (
+            np.linalg.pinv(bicubic_matrix(before, after).T)
+            for before, after in zip(old, patch_size)
+        )
+        kernel = np.einsum("ia,jb,abcd->ijcd", rows, columns, kernel).astype(np.float32)
+    before = kernel.shape[2]
+    if channels == before:
+        return kernel
+    if channels == 1:
+        return kernel.sum(axis=2, keepdims=True)
+    return kernel[:, :, np.arange(channels) % before] * np.float32(before / channels)
+
+
+def resize_patch_outputs(
+    values: np.ndarray,
+    old: tuple[tuple[int, int], int],
+    new: tuple[tuple[int, int], int],
+) -> np.ndarray:
+    """Weights or biases `[..., values]` that predict the pixels of a patch, for other patches.
+
+    Another size is reached by bicubic interpolation of the predicted patch, one channel by the
+    mean, another number of channels by repeating them in turn.
+
+    Args:
+        values: the last axis is a flattened patch, see `targets.patchify`.
+        old: patch size and channels of `values`.
+        new: wanted patch size and channels.
+    """
+    (old_size, before), (new_size, channels) = old, new
+    patches = values.reshape(*values.shape[:-1], *old_size, before)
+    if old_size != new_size:
+        rows, columns = (bicubic_matrix(a, b) for a, b in zip(old_size, new_size))
+        patches = np.einsum("ia,jb,...abc->...ijc", rows, columns, patches)
+    if channels == 1:
+        patches = patches.mean(axis=-1, keepdims=True)
+    elif channels != before:
+        patches = patches[..., np.arange(channels) % before]
+    return patches.reshape(*values.shape[:-1], -1).astype(np.float32)

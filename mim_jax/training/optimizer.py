@@ -19,6 +19,9 @@ from mim_jax.training.tree import map_with_path
 
 Schedule = Callable[[jax.Array], jax.Array]
 
+RateScale = Callable[[str, tuple[int, ...]], Any]
+"""A factor on the learning rate by the path and shape of a parameter."""
+
 DEFAULT_GROUP = "default"
 
 
@@ -54,18 +57,21 @@ def peak_rate(config: ml_collections.ConfigDict, batch_size: int) -> float:
     return config.lr or config.base_lr * batch_size / 256
 
 
-def is_decayed(path: str, leaf: Any) -> bool:
+def is_decayed(path: str, leaf: Any, no_decay: Sequence[str] = ()) -> bool:
     """Whether weight decay applies: all but biases, norm scales and other 1-D parameters.
 
-    The rule of timm 0.3.2 that MAE uses. Class and mask tokens have three axes and do decay. The
-    rule goes by name as well, since our biases may be split into heads or stacked over blocks.
+    The rule of timm 0.3.2 that MAE uses. Class and mask tokens have three axes and do decay,
+    unless a pattern of `no_decay` is found in their path. The rule goes by name as well, since
+    our biases may be split into heads or stacked over blocks.
     """
+    if any(re.search(pattern, path) for pattern in no_decay):
+        return False
     return leaf.ndim > 1 and path.rsplit("/", 1)[-1] not in ("bias", "scale")
 
 
-def decay_mask(params: Any) -> Any:
-    """`is_decayed` for a tree of parameters."""
-    return map_with_path(is_decayed, params)
+def decay_mask(no_decay: Sequence[str]) -> Callable[[Any], Any]:
+    """`is_decayed` as a function of a tree of parameters."""
+    return lambda params: map_with_path(lambda p, leaf: is_decayed(p, leaf, no_decay), params)
 
 
 class _NoState(NamedTuple):
@@ -82,26 +88,38 @@ def scale_by_step_schedule(schedule: Schedule) -> optax.GradientTransformationEx
     return optax.GradientTransformationExtraArgs(lambda params: _NoState(), update)
 
 
-def adamw(config: ml_collections.ConfigDict, schedule: Schedule) -> optax.GradientTransformation:
+def scale_by_path(rate_scale: RateScale) -> optax.GradientTransformation:
+    """Multiplies each update by `rate_scale(path, shape)`: a learning rate for each parameter."""
+
+    def update(updates: Any, params: Any) -> Any:
+        return map_with_path(lambda path, u: u * jnp.asarray(rate_scale(path, u.shape)), updates)
+
+    return optax.stateless(update)
+
+
+def adamw(
+    config: ml_collections.ConfigDict, schedule: Schedule, no_decay: Sequence[str] = ()
+) -> optax.GradientTransformation:
     """AdamW with decoupled decay on the tensors that `is_decayed` names (PyTorch's update)."""
     return optax.chain(
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask(no_decay)),
         scale_by_step_schedule(schedule),
     )
 
 
-def lars(config: ml_collections.ConfigDict, schedule: Schedule) -> optax.GradientTransformation:
+def lars(
+    config: ml_collections.ConfigDict, schedule: Schedule, no_decay: Sequence[str] = ()
+) -> optax.GradientTransformation:
     """LARS as in the MAE code (You et al., 2017, without decay and trust ratio on 1-D tensors).
 
     `g <- g + decay * w; g <- g * trust * |w| / |g|; m <- momentum * m + g; w <- w - lr * m`.
     `optax.lars` has the rate inside the momentum, which differs once the rate changes.
     """
+    mask = decay_mask(no_decay)
     return optax.chain(
-        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
-        optax.masked(
-            optax.scale_by_trust_ratio(trust_coefficient=config.trust_coefficient), decay_mask
-        ),
+        optax.add_decayed_weights(config.weight_decay, mask=mask),
+        optax.masked(optax.scale_by_trust_ratio(trust_coefficient=config.trust_coefficient), mask),
         optax.trace(decay=config.momentum),
         scale_by_step_schedule(schedule),
     )
@@ -116,14 +134,21 @@ def group_of(path: str, groups: Sequence[Group]) -> str:
 
 
 def build_optimizer(
-    config: ml_collections.ConfigDict, groups: Sequence[Group], schedules: dict[str, Schedule]
+    config: ml_collections.ConfigDict,
+    groups: Sequence[Group],
+    schedules: dict[str, Schedule],
+    *,
+    no_decay: Sequence[str] = (),
+    rate_scale: RateScale | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clipping by the global norm, then each group's own optimizer.
+    """Clipping by the global norm, each group's own optimizer, then the scale of each parameter.
 
     Args:
         config: `config.optimizer`.
         groups: the method's optimizer groups.
         schedules: learning rate by group name; "default" is needed always.
+        no_decay: patterns of parameters without weight decay, see `is_decayed`.
+        rate_scale: the method's factors on the learning rate, see `Method.rate_scale`.
 
     Raises:
         ValueError: for an unknown optimizer, or settings of a group that does not exist.
@@ -141,7 +166,7 @@ def build_optimizer(
             raise ValueError(
                 f"optimizer.name is {settings.name!r}; known are {', '.join(OPTIMIZERS)}."
             )
-        transforms[name] = OPTIMIZERS[settings.name](settings, schedules[name])
+        transforms[name] = OPTIMIZERS[settings.name](settings, schedules[name], no_decay)
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []
     if groups:
 
@@ -151,6 +176,8 @@ def build_optimizer(
         parts.append(optax.partition(transforms, labels))
     else:
         parts.append(transforms[DEFAULT_GROUP])
+    if rate_scale is not None:
+        parts.append(scale_by_path(rate_scale))
     return optax.with_extra_args_support(optax.chain(*parts))
 
 

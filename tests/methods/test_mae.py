@@ -264,7 +264,7 @@ def test_a_batch_of_the_models_size_passes_the_check():
     ("changes", "message"),
     [
         ({"data.image_size": (8, 13)}, r"\(8, 13\) is not divisible .* nearest .* \(8, 12\)"),
-        ({"model.size": "huuge"}, "'huuge'; known are base, large, huge"),
+        ({"model.size": "huuge"}, "'huuge'; known are tiny, small, base, large, huge"),
         ({"model.depth": 0}, r"set model\.size .* or model\.depth"),
         ({"model.mask_ratio": 0.0}, "strictly between 0 and 1"),
         ({"model.mask_ratio": 0.95}, "leaves none of 6 tokens"),
