@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 
 
 def squared_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
@@ -23,3 +24,25 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Mean cross-entropy of `logits [batch, classes]` against integer `labels [batch]`."""
     log_probability = jax.nn.log_softmax(logits.astype(jnp.float32))
     return -jnp.mean(jnp.take_along_axis(log_probability, labels[:, None], axis=1))
+
+
+def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Mean cross-entropy of `logits` against distributions `targets`, both `[batch, classes]`."""
+    return jnp.mean(optax.softmax_cross_entropy(logits.astype(jnp.float32), targets))
+
+
+def smoothed_targets(labels: jax.Array, num_classes: int, smoothing: float = 0.0) -> jax.Array:
+    """One-hot targets float32 `[batch, classes]` of integer `labels [batch]`, smoothed.
+
+    Every class gets `smoothing / num_classes`, and the true one `1 - smoothing` on top (Szegedy
+    et al., 2016, section 7).
+    """
+    return optax.smooth_labels(jax.nn.one_hot(labels, num_classes, dtype=jnp.float32), smoothing)
+
+
+def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Mean over examples and classes of the cross-entropy of each class by itself.
+
+    For images of any number of classes: `logits` and `targets` (in [0, 1]) `[batch, classes]`.
+    """
+    return jnp.mean(optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), targets))
