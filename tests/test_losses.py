@@ -3,9 +3,17 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import log_softmax
 from sklearn.metrics import log_loss
 
-from mim_jax.losses import cross_entropy, masked_mean, squared_error
+from mim_jax.losses import (
+    binary_cross_entropy,
+    cross_entropy,
+    masked_mean,
+    smoothed_targets,
+    soft_cross_entropy,
+    squared_error,
+)
 
 few = settings(max_examples=15, deadline=None)
 seeds = st.integers(0, 1000)
@@ -88,3 +96,49 @@ def test_cross_entropy_survives_large_logits_and_half_precision():
     assert right.dtype == jnp.float32
     assert right == 0
     assert wrong == float(logits[0, 0])
+
+
+@few
+@given(seeds, st.sampled_from([1, 8]), st.sampled_from([2, 6]))
+def test_soft_cross_entropy_is_the_mean_of_the_expected_log_probability(seed, batch, classes):
+    logits = 3 * draw(seed, batch, classes)
+    targets = np.random.default_rng(seed).dirichlet(np.ones(classes), batch).astype(np.float32)
+    expected = -np.mean(np.sum(targets * log_softmax(logits.astype(np.float64), axis=1), axis=1))
+    np.testing.assert_allclose(soft_cross_entropy(logits, targets), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_soft_cross_entropy_of_one_hot_targets_is_the_cross_entropy():
+    logits, labels = draw(0, 8, 5), jnp.arange(8) % 5
+    ours = soft_cross_entropy(logits, smoothed_targets(labels, 5))
+    np.testing.assert_allclose(ours, cross_entropy(logits, labels), rtol=1e-6)
+
+
+@few
+@given(st.floats(0, 0.99), st.integers(2, 8))
+def test_smoothed_targets_give_every_class_its_part(smoothing, classes):
+    labels = np.arange(classes)[::-1]
+    targets = smoothed_targets(jnp.asarray(labels), classes, smoothing)
+    expected = np.where(np.eye(classes)[labels] == 1, 1 - smoothing, 0) + smoothing / classes
+    assert targets.dtype == jnp.float32
+    np.testing.assert_allclose(targets, expected, atol=1e-6)
+    np.testing.assert_allclose(targets.sum(axis=1), 1, atol=1e-6)
+
+
+@few
+@given(seeds, st.sampled_from([1, 8]), st.sampled_from([1, 6]))
+def test_binary_cross_entropy_is_the_mean_over_examples_and_classes(seed, batch, classes):
+    logits = 3 * draw(seed, batch, classes)
+    targets = np.random.default_rng(seed).random((batch, classes)).astype(np.float32)
+    probability = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    expected = -np.mean(targets * np.log(probability) + (1 - targets) * np.log(1 - probability))
+    np.testing.assert_allclose(
+        binary_cross_entropy(logits, targets), expected, rtol=1e-4, atol=1e-6
+    )
+
+
+def test_losses_with_soft_targets_survive_large_logits_and_half_precision():
+    logits = jnp.asarray([[1e4, -1e4], [-1e4, 1e4]], jnp.bfloat16)
+    for loss in (soft_cross_entropy, binary_cross_entropy):
+        right, wrong = loss(logits, jnp.eye(2)), loss(logits, 1 - jnp.eye(2))
+        assert right.dtype == jnp.float32
+        assert right == 0 and wrong > 1e3 and np.isfinite(wrong)

@@ -82,7 +82,7 @@ class Mixing:
         use_cutmix = jax.random.bernoulli(kind_rng, self._cutmix_share())
         alpha = jnp.where(use_cutmix, self.cutmix, self.mixup)
         share = jax.random.beta(share_rng, alpha, alpha)
-        outside = _outside(cutmix_box(box_rng, images.shape[1:3], share), images.shape[1:3])
+        outside = _outside(cutmix_box(box_rng, _size(images), share), _size(images))
         return _blended(images, targets, jnp.where(use_cutmix, outside, share))
 
     def _cutmix_share(self) -> float:
@@ -100,7 +100,7 @@ def mixup(images: jax.Array, targets: jax.Array, share: jax.Array) -> tuple[jax.
         targets: float32 `[batch, classes]`.
         share: scalar in [0, 1].
     """
-    return _blended(images, targets, jnp.broadcast_to(share, images.shape[1:3]))
+    return _blended(images, targets, jnp.broadcast_to(share, _size(images)))
 
 
 def cutmix(images: jax.Array, targets: jax.Array, box: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -111,7 +111,7 @@ def cutmix(images: jax.Array, targets: jax.Array, box: jax.Array) -> tuple[jax.A
         targets: float32 `[batch, classes]`.
         box: int32 `[4]`, see `cutmix_box`.
     """
-    return _blended(images, targets, _outside(box, images.shape[1:3]))
+    return _blended(images, targets, _outside(box, _size(images)))
 
 
 def cutmix_box(rng: jax.Array, size: tuple[int, int], share: jax.Array) -> jax.Array:
@@ -181,6 +181,11 @@ def _blended(images: jax.Array, targets: jax.Array, keep: jax.Array) -> tuple[ja
     weight = keep[..., None].astype(images.dtype)
     mixed = weight * images + (1 - weight) * images[::-1]
     return mixed, share * targets + (1 - share) * targets[::-1]
+
+
+def _size(images: jax.Array) -> tuple[int, int]:
+    """Height and width of images."""
+    return images.shape[1], images.shape[2]
 
 
 def _outside(box: jax.Array, size: tuple[int, int]) -> jax.Array:

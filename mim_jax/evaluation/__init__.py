@@ -1,5 +1,7 @@
 """Evaluation protocols that work for any method through its features."""
 
+from mim_jax.evaluation.classification import classification_scores, predict
+from mim_jax.evaluation.confusion import confusion, confusion_picture
 from mim_jax.evaluation.features import extract_features, raw_pixels
 from mim_jax.evaluation.knn import knn_accuracy
 from mim_jax.evaluation.linear_probe import (
@@ -14,11 +16,15 @@ __all__ = [
     "PROTOCOLS",
     "LinearProbe",
     "ProbeHead",
+    "classification_scores",
     "compare_with_baselines",
+    "confusion",
+    "confusion_picture",
     "evaluate",
     "extract_features",
     "knn_accuracy",
     "lars_probe_accuracy",
     "linear_accuracy",
+    "predict",
     "raw_pixels",
 ]

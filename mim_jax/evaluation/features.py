@@ -37,8 +37,8 @@ def extract_features(
     Args:
         method: whose `features` to take.
         variables: of the method, on any devices.
-        batches: with `image` uint8 `[batch, height, width, channels]`, and, where they exist,
-            `label` int `[batch]` and `valid` bool `[batch]`, as `evaluation_batches` gives them.
+        batches: with `image` uint8 or uint16 `[batch, height, width, channels]`, and, where they
+            exist, `label` int `[batch]` and `valid` bool `[batch]`: see `evaluation_batches`.
         mean: of each channel, for values in [0, 1].
         std: standard deviation of each channel, for values in [0, 1].
         pool: one of `POOLS`.
@@ -47,19 +47,19 @@ def extract_features(
         Features float32 `[examples, width]`, and labels int32 `[examples]` or None.
 
     Raises:
-        ValueError: an unknown pool, images that are not uint8, no valid example, or a batch that
-            the method does not accept.
+        ValueError: an unknown pool, images that are float already, no valid example, or a batch
+            that the method does not accept.
     """
     mesh = mesh_of(variables)
     forward = _forward(method, tuple(mean), tuple(std), check_pool(pool), mesh)
 
     def features_of(batch: HostBatch) -> np.ndarray:
-        check_uint8(batch["image"])
+        check_unnormalized(batch["image"])
         inputs = {name: batch[name] for name in batch if name in {"image", *method.inputs}}
         features = forward(variables, place(inputs, mesh))
         return np.asarray(features)[: len(batch["image"])]
 
-    return _collect(batches, features_of)
+    return collect(batches, features_of)
 
 
 def raw_pixels(batches: Iterable[HostBatch]) -> tuple[np.ndarray, np.ndarray | None]:
@@ -74,10 +74,10 @@ def raw_pixels(batches: Iterable[HostBatch]) -> tuple[np.ndarray, np.ndarray | N
     """
 
     def pixels_of(batch: HostBatch) -> np.ndarray:
-        images = check_uint8(batch["image"])
-        return images.reshape(len(images), -1).astype(np.float32) / 255
+        images = check_unnormalized(batch["image"])
+        return images.reshape(len(images), -1).astype(np.float32) / np.iinfo(images.dtype).max
 
-    return _collect(batches, pixels_of)
+    return collect(batches, pixels_of)
 
 
 def pooled(features: Features, pool: str) -> jax.Array:
@@ -94,11 +94,11 @@ def check_pool(pool: str) -> str:
     return pool
 
 
-def check_uint8(images: np.ndarray) -> np.ndarray:
+def check_unnormalized(images: np.ndarray) -> np.ndarray:
     """The images themselves; raises `ValueError` if they were converted to float before."""
-    if images.dtype != np.uint8:
+    if images.dtype not in (np.uint8, np.uint16):
         raise ValueError(
-            f"images are {images.dtype}; evaluation expects uint8 in 0..255, since it normalizes "
+            f"images are {images.dtype}; evaluation expects uint8 or uint16, since it normalizes "
             "them itself."
         )
     return images
@@ -155,10 +155,14 @@ def _forward(
     return jax.jit(forward, out_shardings=NamedSharding(mesh, PartitionSpec()) if mesh else None)
 
 
-def _collect(
+def collect(
     batches: Iterable[HostBatch], features_of: Callable[[HostBatch], np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Features and labels of the valid rows of all batches."""
+    """What `features_of` gives for the valid rows of all batches, and their labels int32 or None.
+
+    Raises:
+        ValueError: if no row of any batch is valid.
+    """
     features: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     for batch in batches:

@@ -36,6 +36,7 @@ def labelled_source(config: ml_collections.ConfigDict, split: str) -> tuple[Sour
         config.evaluate.source or config.data.source,
         split,
         channels=config.data.channels,
+        bits=config.data.bits,
         backend=config.data.backend,
     )
     if source.num_classes is None:

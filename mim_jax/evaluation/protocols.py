@@ -3,12 +3,13 @@
 import difflib
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import ml_collections
 import numpy as np
 
+from mim_jax.evaluation.classification import check_classifier, classification
 from mim_jax.evaluation.features import extract_features, raw_pixels
 from mim_jax.evaluation.knn import knn_accuracy
 from mim_jax.evaluation.labelled_data import centre_crops
@@ -21,15 +22,17 @@ FEATURE_PROTOCOLS: dict[str, Callable[..., float]] = {
 }
 """Accuracies of (train features, train labels, test features, test labels)."""
 
-NETWORK_PROTOCOLS: dict[str, Callable[..., float]] = {
+NETWORK_PROTOCOLS: dict[str, Callable[..., float | dict[str, float]]] = {
     "linear_lars": lars_probe_accuracy,
+    "classification": classification,
 }
-"""Accuracies of (method, variables, config), which see every image anew."""
+"""Accuracies, or several scores by name, of (method, variables, config)."""
 
 PROTOCOLS: dict[str, str] = {
     "knn": "weighted 20-nearest-neighbour classifier on frozen features",
     "linear": "logistic regression on frozen features, for small data",
     "linear_lars": "the MAE paper's linear probe: LARS, augmentation, 90 epochs",
+    "classification": "accuracies, AUROC and cross-entropy of a classifier's own predictions",
 }
 """What each protocol is, by name."""
 
@@ -56,7 +59,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Top-1 accuracy in [0, 1] by each protocol, on the labelled data that the config names.
 
-    Features are extracted once for all protocols that use them.
+    Features are extracted once for all protocols that use them. A protocol with several scores
+    gives each under its own name, such as `classification/top1`.
 
     Args:
         method: gives the features.
@@ -65,20 +69,24 @@ def evaluate(
         protocols: names in `PROTOCOLS`; None takes `config.evaluate.protocols`.
 
     Raises:
-        ValueError: for an unknown protocol or data without labels.
+        ValueError: for an unknown protocol, one that the method cannot do, or data without labels.
         FileNotFoundError: if the data are not there.
     """
-    names = check_protocols(config.evaluate.protocols if protocols is None else protocols)
+    names = check_protocols(config.evaluate.protocols if protocols is None else protocols, method)
     accuracies: dict[str, float] = {}
     if not set(names).isdisjoint(FEATURE_PROTOCOLS):
         splits = _encoded(method, variables, config)
         accuracies |= _feature_accuracies(splits, names)
+    scores: dict[str, float] = {}
     for name in names:
         if name in NETWORK_PROTOCOLS:
             started = time.monotonic()
-            accuracies[name] = NETWORK_PROTOCOLS[name](method, variables, config)
-            _report(name, accuracies[name], started)
-    return {name: accuracies[name] for name in names}
+            new = _by_name(name, NETWORK_PROTOCOLS[name](method, variables, config))
+            _report(new, started)
+            scores |= new
+        else:
+            scores[name] = accuracies[name]
+    return scores
 
 
 def compare_with_baselines(
@@ -106,22 +114,23 @@ def compare_with_baselines(
         ValueError: as for `evaluate`.
         FileNotFoundError: as for `evaluate`.
     """
-    names = check_protocols(config.evaluate.protocols if protocols is None else protocols)
-    rows = {
-        "trained": evaluate(method, variables, config, names),
-        "untrained": evaluate(method, untrained_variables, config, names),
-        "raw pixels": {},
-    }
+    names = check_protocols(config.evaluate.protocols if protocols is None else protocols, method)
+    rows = {"trained": evaluate(method, variables, config, names)}
+    # An untrained classifier guesses, so its predictions are no baseline.
+    of_features = [name for name in names if name != "classification"]
+    if of_features:
+        rows["untrained"] = evaluate(method, untrained_variables, config, of_features)
     if not set(names).isdisjoint(FEATURE_PROTOCOLS):
         rows["raw pixels"] = _feature_accuracies(_raw_pixels(config), names)
     return rows
 
 
-def check_protocols(names: Iterable[str]) -> tuple[str, ...]:
+def check_protocols(names: Iterable[str], method: Method | None = None) -> tuple[str, ...]:
     """The names themselves, each once.
 
     Raises:
-        ValueError: for an unknown one, with the known ones and the nearest.
+        ValueError: for an unknown one, with the known ones and the nearest; or for one that a
+            given method cannot do.
     """
     names = tuple(dict.fromkeys((names,) if isinstance(names, str) else names))
     for name in names:
@@ -131,6 +140,8 @@ def check_protocols(names: Iterable[str]) -> tuple[str, ...]:
             raise ValueError(
                 f"unknown evaluation protocol {name!r}; known are {', '.join(PROTOCOLS)}.{hint}"
             )
+    if method is not None and "classification" in names:
+        check_classifier(method)
     return names
 
 
@@ -141,7 +152,7 @@ def _feature_accuracies(splits: FeatureSplits, names: Iterable[str]) -> dict[str
         if name in FEATURE_PROTOCOLS:
             started = time.monotonic()
             accuracies[name] = FEATURE_PROTOCOLS[name](*splits)
-            _report(name, accuracies[name], started)
+            _report({name: accuracies[name]}, started)
     return accuracies
 
 
@@ -179,5 +190,13 @@ def _splits(
     return FeatureSplits(train[0], train[1], test[0], test[1])
 
 
-def _report(name: str, accuracy: float, started: float) -> None:
-    _log.info("%s: top-1 %.4f in %.1f s", name, accuracy, time.monotonic() - started)
+def _by_name(protocol: str, result: float | Mapping[str, float]) -> dict[str, float]:
+    """The scores of a protocol; a single one has the protocol's name."""
+    if isinstance(result, Mapping):
+        return {f"{protocol}/{name}": score for name, score in result.items()}
+    return {protocol: result}
+
+
+def _report(scores: Mapping[str, float], started: float) -> None:
+    told = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
+    _log.info("%s in %.1f s", told, time.monotonic() - started)

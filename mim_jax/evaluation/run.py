@@ -3,27 +3,33 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
+
 from mim_jax import config as configs
-from mim_jax.evaluation.protocols import compare_with_baselines, evaluate
+from mim_jax.evaluation.classification import draw_confusion
+from mim_jax.evaluation.protocols import check_protocols, compare_with_baselines, evaluate
 from mim_jax.training.checkpoints import read_variables
-from mim_jax.training.experiment import Experiment, image_shapes
+from mim_jax.training.experiment import Experiment
 
 
 def evaluate_run(
     run: Path,
     *,
     step: int | None = None,
-    protocols: Sequence[str] = ("knn", "linear"),
+    protocols: Sequence[str] | None = None,
     data: str | None = None,
     pool: str | None = None,
     baselines: bool = True,
 ) -> dict[str, dict[str, float]]:
-    """Accuracies of a run's checkpoint, by row and protocol.
+    """Scores of a run's checkpoint, by row and protocol.
+
+    The protocol "classification" also draws `pictures/confusion.png` in the run's folder.
 
     Args:
         run: folder of the run.
         step: which checkpoint; the newest by default.
-        protocols: see `mim_jax.evaluation.protocols`.
+        protocols: see `mim_jax.evaluation.protocols`; None takes those of the run's config, or
+            else k-NN and the linear probe.
         data: labelled source in place of the run's.
         pool: representation in place of the run's.
         baselines: score the untrained encoder and raw pixels as well.
@@ -38,10 +44,16 @@ def evaluate_run(
         config.evaluate.source = data
     if pool:
         config.evaluate.pool = pool
+    protocols = check_protocols(protocols or config.evaluate.protocols or ("knn", "linear"))
     experiment = Experiment.on_one_device(config)
+    if "classification" in protocols:
+        picture = draw_confusion(experiment.method, variables, config)
+        if picture is not None:
+            (run / "pictures").mkdir(exist_ok=True)
+            Image.fromarray(picture).save(run / "pictures" / "confusion.png")
     if not baselines:
         return {"trained": evaluate(experiment.method, variables, config, protocols)}
-    untrained = experiment.initial_state(image_shapes(experiment.config)).variables
+    untrained = experiment.initial_state(experiment.batch_shapes()).variables
     return compare_with_baselines(
         experiment.method, variables, config, protocols, untrained_variables=untrained
     )

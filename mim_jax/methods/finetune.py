@@ -219,6 +219,7 @@ class FineTune(Method):
         """Encoders of any method; norm and linear layer of a classifier of the same classes."""
         if path.startswith("encoder/"):
             return adopt_encoder(path, given, donor, self.encoder)
-        if not isinstance(donor, FineTune) or donor.model.num_classes != self.model.num_classes:
-            return None
-        return given.get(path)
+        other_classes = (
+            isinstance(donor, FineTune) and donor.model.num_classes != self.model.num_classes
+        )
+        return None if other_classes and path.startswith("head/") else given.get(path)

@@ -43,7 +43,7 @@ def picture_grid(
         for images in columns.values()
     ]  # of [rows, tile height, tile width, 3]
     size = _font_size(max(tile.shape[2] for tile in tiles))
-    font, small_font = _font(size), _font(size - 2)
+    font, small_font = load_font(size), load_font(size - 2)
     cells = [
         max(tile.shape[2], _longest_word(title, font))
         for title, tile in zip(columns, tiles, strict=True)
@@ -53,10 +53,10 @@ def picture_grid(
     titles = [wrapped(title, font, cell) for title, cell in zip(columns, cells, strict=True)]
     notes = wrapped(caption, small_font, width)
 
-    first_row = MARGIN + max(map(len, titles)) * _line_height(font) + GAP // 2
+    first_row = MARGIN + max(map(len, titles)) * line_height(font) + GAP // 2
     row_height = max(tile.shape[1] for tile in tiles)
     end = first_row + len(tiles[0]) * (row_height + GAP)
-    height = end + len(notes) * _line_height(small_font) + MARGIN
+    height = end + len(notes) * line_height(small_font) + MARGIN
     canvas = Image.new("RGB", (width + 2 * MARGIN, height), "white")
     draw = ImageDraw.Draw(canvas)
     for left, cell, lines, tile in zip(lefts, cells, titles, tiles, strict=True):
@@ -66,7 +66,7 @@ def picture_grid(
             down = first_row + row * (row_height + GAP) + (row_height - image.shape[0]) // 2
             _draw_tile(canvas, across, down, image)
     for index, text in enumerate(notes):
-        draw.text((MARGIN, end + index * _line_height(small_font)), text, "black", small_font)
+        draw.text((MARGIN, end + index * line_height(small_font)), text, "black", small_font)
     return np.array(canvas)
 
 
@@ -119,7 +119,7 @@ def _draw_title(
 ) -> None:
     """Centred on `middle`, the last line standing on `foot`."""
     for index, text in enumerate(reversed(lines)):
-        draw.text((middle, foot - index * _line_height(font)), text, "black", font, "md")
+        draw.text((middle, foot - index * line_height(font)), text, "black", font, "md")
 
 
 def _draw_tile(canvas: Image.Image, left: int, top: int, image: np.ndarray) -> None:
@@ -139,7 +139,7 @@ def _font_size(tile_width: int) -> int:
     return min(max(tile_width // 8, 13), 18)
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def load_font(size: int) -> ImageFont.FreeTypeFont:
     """Pillow's own font, which is on every machine."""
     font = ImageFont.load_default(size)
     if not isinstance(font, ImageFont.FreeTypeFont):
@@ -147,7 +147,8 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return font
 
 
-def _line_height(font: ImageFont.FreeTypeFont) -> int:
+def line_height(font: ImageFont.FreeTypeFont) -> int:
+    """Pixels from one line of text to the next."""
     ascent, descent = font.getmetrics()
     return ascent + descent
 

@@ -11,7 +11,7 @@ from mim_jax.evaluation.protocols import (
     compare_with_baselines,
     evaluate,
 )
-from tests.evaluation.toy import Toy, toy_config, toy_variables
+from tests.evaluation.toy import Toy, ToyClassifier, toy_config, toy_variables
 
 
 @pytest.fixture
@@ -93,10 +93,37 @@ def test_data_without_labels_are_named(tmp_path, name):
             tmp_path / f"{i}.png"
         )
     config = toy_config(
-        **{"evaluate.source": f"folder:{tmp_path}", "evaluate.train_split": "train"}
+        **{
+            "evaluate.source": f"folder:{tmp_path}",
+            "evaluate.train_split": "train",
+            "evaluate.test_split": "train",
+        }
     )
     with pytest.raises(ValueError, match=f"{tmp_path}.*has no labels"):
-        evaluate(Toy(), toy_variables(), config, [name])
+        evaluate(ToyClassifier(), toy_variables(), config, [name])
+
+
+def test_several_scores_of_a_protocol_have_names_of_their_own():
+    asked = ("classification", "knn")
+    scores = evaluate(ToyClassifier(), toy_variables(), toy_config(), asked)
+    assert list(scores) == [
+        "classification/top1",
+        "classification/top5",
+        "classification/auroc",
+        "classification/cross_entropy",
+        "knn",
+    ]
+    assert scores["knn"] == evaluate(Toy(), toy_variables(), toy_config(), ["knn"])["knn"]
+
+
+def test_a_protocol_that_the_method_cannot_do_is_refused_before_any_work(counted_extractions):
+    message = "'classification' needs a classifier.*Toy gives features only"
+    with pytest.raises(ValueError, match=message):
+        evaluate(Toy(), toy_variables(), toy_config(), ["knn", "classification"])
+    assert not counted_extractions
+    with pytest.raises(ValueError, match=message):
+        check_protocols(["classification"], Toy())
+    assert check_protocols(["classification"], ToyClassifier()) == ("classification",)
 
 
 def test_examples_without_label_in_a_labelled_source_are_named(monkeypatch):

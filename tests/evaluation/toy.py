@@ -45,6 +45,14 @@ class Toy(Method):
         return Features(pooled, tokens, (side, side))
 
 
+@dataclasses.dataclass(frozen=True)
+class ToyClassifier(Toy):
+    """A toy whose mean tokens are logits of the ten classes."""
+
+    def logits(self, variables, images):
+        return self.features(variables, {"image": images}).tokens.mean(axis=1)[:, :10]
+
+
 def toy_variables(seed: int = 0):
     return Toy().init(jax.random.key(seed), {"image": jnp.zeros((1, 28, 28, 1))})
 

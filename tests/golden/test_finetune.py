@@ -11,8 +11,9 @@ from mim_jax import config as configs
 from mim_jax import losses
 from mim_jax.methods.finetune import FineTune
 from mim_jax.models.positions import resize_positions
+from mim_jax.models.transformer import drop_path_scales
 from mim_jax.training.optimizer import build_optimizer, is_decayed, warmup_cosine
-from mim_jax.training.tree import flatten
+from mim_jax.training.tree import flatten, unflatten
 from tests.golden.cases import (
     Case,
     assert_close,
@@ -112,13 +113,11 @@ def test_rate_scales_decay_and_layers_equal_the_reference_table(path, scan):
     _, params = load(method, case)
     scales, decays = {}, {}
     for key, value in flatten(params).items():
-        shape = (1,) * (value.ndim)
         scale = np.broadcast_to(method.rate_scale(key, value.shape), value.shape)
         decay = config.optimizer.weight_decay * is_decayed(key, value, method.no_decay)
         scales[key], decays[key] = scale, np.full(value.shape, decay)
-        assert len(shape) == value.ndim
     layout = method.layout()
-    nested = [_unflatten(tree) for tree in (scales, decays)]
+    nested = [unflatten(tree) for tree in (scales, decays)]
     scale_of, decay_of = (layout.save(tree) for tree in nested)
     table = case.text("out/param_groups")
     assert set(table) == set(scale_of)
@@ -128,18 +127,10 @@ def test_rate_scales_decay_and_layers_equal_the_reference_table(path, scan):
         del layer  # the scale is the decay to the power of the layers above, so it says the same
 
 
-def _unflatten(flat):
-    from mim_jax.training.tree import unflatten
-
-    return unflatten(flat)
-
-
 @finetuning
 def test_drop_path_rates_grow_linearly(path):
     case = read(path)
     method, _ = build(case.cfg)
-    from mim_jax.models.transformer import drop_path_scales
-
     noise = jnp.full((len(case["out/drop_path_rates"]), 2, 1), 0.999)
     scales = drop_path_scales(noise, method.encoder.transformer.drop_path)
     assert_close(1 - 1 / scales[:, 0, 0, 0, 0], case["out/drop_path_rates"], "rates")

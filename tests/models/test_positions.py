@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mim_jax.models.positions import sincos_positions
+from mim_jax.models.positions import resize_positions, sincos_positions
 
 
 def plain_table(rows: int, columns: int, width: int) -> np.ndarray:
@@ -49,3 +49,29 @@ def test_the_first_half_of_the_channels_encodes_the_column_and_the_second_the_ro
 def test_a_width_not_divisible_by_four_is_an_error(width):
     with pytest.raises(ValueError, match=f"divisible by 4, got {width}"):
         sincos_positions((2, 2), width)
+
+
+@settings(max_examples=25, deadline=None)
+@given(*[st.integers(1, 9)] * 4)
+def test_resizing_keeps_constants_and_leading_tokens(rows, columns, new_rows, new_columns):
+    table = np.concatenate([np.full((1, 3), 7), np.full((rows * columns, 3), 2.5)])
+    resized = resize_positions(table.astype(np.float32), (rows, columns), (new_rows, new_columns))
+    assert resized.shape == (1 + new_rows * new_columns, 3)
+    np.testing.assert_array_equal(resized[0], 7)
+    np.testing.assert_allclose(resized[1:], 2.5, rtol=1e-6)
+
+
+def test_resizing_is_that_of_torch():
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    table = np.random.default_rng(0).normal(size=(2 + 6 * 4, 5)).astype(np.float32)
+    image = torch.from_numpy(table[2:].reshape(1, 6, 4, 5)).permute(0, 3, 1, 2)
+    for new in ((7, 7), (3, 2), (6, 9), (1, 1)):
+        wanted = torch.nn.functional.interpolate(image, size=new, mode="bicubic")
+        wanted = wanted.permute(0, 2, 3, 1).reshape(-1, 5).numpy()
+        resized = resize_positions(table, (6, 4), new)
+        np.testing.assert_allclose(resized[2:], wanted, atol=1e-5)
+
+
+def test_a_table_that_is_too_short_for_its_grid_is_an_error():
+    with pytest.raises(ValueError, match=r"table of 5 rows has no grid of \(2, 3\)"):
+        resize_positions(np.zeros((5, 4)), (2, 3), (4, 4))

@@ -7,7 +7,15 @@ import pytest
 import scipy.special
 
 from mim_jax.layout import Layout, transformer_rules
-from mim_jax.models.transformer import REMAT_POLICIES, Attention, Mlp, Transformer, layer_norm
+from mim_jax.models.transformer import (
+    REMAT_POLICIES,
+    Attention,
+    Mlp,
+    Transformer,
+    drop_path_scales,
+    layer_norm,
+    restacked,
+)
 from mim_jax.training.flops import count_flops
 from mim_jax.training.tree import flatten, map_with_path, unflatten
 
@@ -210,3 +218,65 @@ def test_parameter_paths_say_which_block_they_belong_to():
     shapes = jax.eval_shape(Transformer(DEPTH, HEADS, scan=True).init, jax.random.key(0), TOKENS)
     map_with_path(lambda path, leaf: leaf.shape[0] == DEPTH or pytest.fail(path), shapes["params"])
     assert set(flatten(shapes["params"])) == {"blocks/" + p.split("/", 1)[1] for p in paths}
+
+
+def test_a_dropped_branch_leaves_the_tokens_and_a_kept_one_is_scaled_up():
+    noise = np.full((DEPTH, 2, 2), 0.99, np.float32)
+    noise[1, :, 0] = 0.0  # both branches of the last block, for the first sample
+    model = Transformer(DEPTH, HEADS, drop_path=0.5)
+    out, blocks = model.apply({"params": params()}, TOKENS, noise)
+    np.testing.assert_array_equal(out[0], blocks[0][0])
+    whole, _ = Transformer(DEPTH, HEADS).apply({"params": params()}, TOKENS)
+    assert not np.allclose(out[1], whole[1])
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_rate_0_and_no_noise_keep_every_branch(scan):
+    given = {"params": stacked_params() if scan else params()}
+    noise = np.zeros((DEPTH, 2, 2), np.float32)
+    plain = Transformer(DEPTH, HEADS, scan=scan).apply(given, TOKENS)[0]
+    for model, drawn in (
+        (Transformer(DEPTH, HEADS, scan=scan), noise),
+        (Transformer(DEPTH, HEADS, scan=scan, drop_path=0.5), None),
+    ):
+        np.testing.assert_array_equal(model.apply(given, TOKENS, drawn)[0], plain)
+
+
+def test_drop_path_is_the_same_in_a_loop_and_unrolled():
+    noise = np.random.default_rng(3).random((DEPTH, 2, 2)).astype(np.float32)
+    unrolled = Transformer(DEPTH, HEADS, drop_path=0.6).apply({"params": params()}, TOKENS, noise)
+    looped = Transformer(DEPTH, HEADS, drop_path=0.6, scan=True).apply(
+        {"params": stacked_params()}, TOKENS, noise
+    )
+    np.testing.assert_allclose(looped[0], unrolled[0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_mean_over_many_draws_of_drop_path_is_the_whole_branch():
+    noise = np.random.default_rng(0).random((DEPTH, 2, 20_000)).astype(np.float32)
+    scales = drop_path_scales(noise, 0.4)
+    np.testing.assert_allclose(scales.mean(axis=2)[..., 0, 0], 1, atol=0.02)
+    np.testing.assert_array_equal(scales[0], 1)  # the first block is never dropped
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0])
+def test_a_rate_that_is_no_probability_is_refused(rate):
+    with pytest.raises(ValueError, match="drop_path is"):
+        init(Transformer(DEPTH, HEADS, drop_path=rate), TOKENS)
+
+
+@pytest.mark.parametrize(("old", "new"), [(False, True), (True, False), (True, True)])
+def test_weights_are_restacked_exactly(old, new):
+    trees = {False: params(), True: stacked_params()}
+    given = flatten({"transformer": trees[old]})
+    for name, value in flatten({"transformer": trees[new]}).items():
+        found = restacked(
+            name, given, Transformer(DEPTH, HEADS, scan=old), Transformer(DEPTH, HEADS, scan=new)
+        )
+        np.testing.assert_array_equal(found, value, err_msg=name)
+
+
+def test_blocks_that_the_donor_lacks_are_none():
+    given = flatten({"transformer": stacked_params()})
+    donor, receiver = Transformer(DEPTH, HEADS, scan=True), Transformer(9, HEADS)
+    assert restacked("transformer/blocks_5/norm1/scale", given, donor, receiver) is None
+    assert restacked("transformer/blocks/norm1/scale", {}, receiver, donor) is None

@@ -7,9 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mim_jax.models.positions import sincos_positions
+from mim_jax.models.positions import bicubic_matrix, resize_positions, sincos_positions
 from mim_jax.models.transformer import Transformer
-from mim_jax.models.vit import VIT_SIZES, PatchEmbed, ViT, vit_size
+from mim_jax.models.vit import (
+    VIT_SIZES,
+    PatchEmbed,
+    ViT,
+    resize_patch_kernel,
+    resize_patch_outputs,
+    vit_size,
+)
 from mim_jax.targets import patchify
 from mim_jax.training.tree import flatten
 from tests.models.test_transformer import assert_uniform
@@ -168,3 +175,66 @@ def test_an_unknown_size_is_an_error_that_lists_the_known():
 def test_a_size_without_name_needs_every_number():
     with pytest.raises(ValueError, match=r"set model\.size to one of .*, or model\.depth"):
         vit_size("", width=8, depth=0, heads=2)
+
+
+def test_learned_positions_start_as_the_fixed_table_and_get_a_gradient():
+    learned = ENCODER.clone(learned_positions=True)
+    params = learned.init(jax.random.key(0), IMAGES)["params"]
+    np.testing.assert_array_equal(params["positions"], ENCODER.position_table())
+    fixed = {name: value for name, value in params.items() if name != "positions"}
+    ours, theirs = (
+        m.apply({"params": p}, IMAGES)[0] for m, p in ((learned, params), (ENCODER, fixed))
+    )
+    np.testing.assert_array_equal(ours, theirs)
+    gradient = jax.grad(lambda p: learned.apply({"params": p}, IMAGES)[0][..., 0].sum())(params)
+    assert np.all(np.abs(gradient["positions"]).max(axis=1) > 0)
+
+
+def test_positions_of_another_grid_are_resized_to_the_models_own():
+    spread = ENCODER.clone(position_grid=(4, 12))
+    wanted = resize_positions(sincos_positions((4, 12), 8, leading_tokens=1), (4, 12), (2, 6))
+    np.testing.assert_array_equal(spread.position_table(), wanted)
+    assert not np.allclose(wanted, ENCODER.position_table())
+
+
+def test_without_final_norm_the_output_is_that_of_the_last_block():
+    params = {k: v for k, v in variables()["params"].items() if k != "norm"}
+    tokens, blocks = ENCODER.clone(final_norm=False).apply({"params": params}, IMAGES)
+    np.testing.assert_array_equal(tokens, blocks[-1])
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 99), st.sampled_from([(4, 6), (8, 8), (5, 3)]))
+def test_a_larger_kernel_gives_the_same_product_on_the_resized_patch(seed, size):
+    random = np.random.default_rng(seed)
+    kernel, patch = random.normal(size=(4, 3, 2, 5)), random.normal(size=(4, 3, 2))
+    rows, columns = bicubic_matrix(4, size[0]), bicubic_matrix(3, size[1])
+    larger = np.einsum("ia,jb,abc->ijc", rows, columns, patch)
+    resized = resize_patch_kernel(kernel, size, 2)
+    before, after = np.tensordot(patch, kernel, 3), np.tensordot(larger, resized, 3)
+    np.testing.assert_allclose(after, before, rtol=1e-3, atol=1e-3)
+
+
+def test_a_grey_kernel_gives_what_three_equal_channels_gave():
+    kernel, grey = draw(4, 4, 3, 5), draw(4, 4, 1)
+    ours = np.tensordot(grey, resize_patch_kernel(kernel, (4, 4), 1), 3)
+    wanted = np.tensordot(np.repeat(grey, 3, axis=2), kernel, 3)
+    np.testing.assert_allclose(ours, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [2, 4, 12])
+def test_more_channels_keep_the_output_of_equal_ones(channels):
+    kernel, grey = draw(4, 4, 1, 5), draw(4, 4, 1)
+    resized = resize_patch_kernel(kernel, (4, 4), channels)
+    ours = np.tensordot(np.repeat(grey, channels, axis=2), resized, 3)
+    np.testing.assert_allclose(ours, np.tensordot(grey, kernel, 3), rtol=1e-4, atol=1e-5)
+
+
+def test_predicted_pixels_are_resized_as_pictures():
+    values = draw(3, 4 * 4 * 3)
+    grey = resize_patch_outputs(values, ((4, 4), 3), ((4, 4), 1))
+    np.testing.assert_allclose(grey, values.reshape(3, 16, 3).mean(axis=2), atol=1e-6)
+    constant = resize_patch_outputs(np.ones((3, 4 * 4 * 1)), ((4, 4), 1), ((7, 2), 5))
+    np.testing.assert_allclose(constant, np.ones((3, 7 * 2 * 5)), atol=1e-6)
+    same = resize_patch_outputs(values, ((4, 4), 3), ((4, 4), 3))
+    np.testing.assert_array_equal(same, values)

@@ -100,7 +100,7 @@ def test_every_title_and_the_caption_are_written():
 
 
 def test_a_long_caption_wraps_to_the_width_and_keeps_its_line_breaks():
-    font = pictures._font(13)
+    font = pictures.load_font(13)
     lines = pictures.wrapped("one two three four five six\n\nseven", font, 80)
     assert " ".join(lines).split() == ["one", "two", "three", "four", "five", "six", "seven"]
     assert all(font.getlength(line) <= 80 for line in lines)
