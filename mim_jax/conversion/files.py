@@ -16,6 +16,9 @@ TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 WRAPPERS = ("model", "state_dict")
 """Keys under which training code stores the state dict beside its optimizer."""
 
+METADATA = {"format": "pt"}
+"""Says that arrays are laid out as PyTorch does; transformers 4 reads no file without it."""
+
 
 def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     """Arrays by official key.
@@ -57,7 +60,8 @@ def write_state_dict(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     if path.suffix == ".safetensors":
         # safetensors writes the memory of an array, whatever the strides of a view say.
-        save_file({key: np.asarray(value, order="C") for key, value in state.items()}, temporary)
+        arrays = {key: np.asarray(value, order="C") for key, value in state.items()}
+        save_file(arrays, temporary, metadata=METADATA)
     else:
         torch = _torch(path)
         # Copied, because PyTorch wants memory that it may write to.

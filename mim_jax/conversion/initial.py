@@ -1,73 +1,189 @@
 """Starts a run from given weights: `config.init_from`."""
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from mim_jax.conversion.files import read_state_dict
-from mim_jax.method import Method
+from mim_jax import config as configs
+from mim_jax.conversion.weights import read_weights
+from mim_jax.method import Method, method_class
 from mim_jax.training.checkpoints import FOLDER, read_variables
 from mim_jax.training.state import TrainState, start_ema
 from mim_jax.training.tree import differences, flatten, unflatten
 
 
+@dataclasses.dataclass(frozen=True)
+class Donor:
+    """Weights to start from, with the model that they belong to.
+
+    Attributes:
+        path: where they were read.
+        method: the model, of the sizes that the weights have.
+        variables: NumPy arrays by path, such as `params/encoder/cls_token`.
+        left_out: names in a file that the method has no place for.
+        notes: for the user, on the file.
+    """
+
+    path: str
+    method: Method
+    variables: dict[str, np.ndarray]
+    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def read_donor(path: str, method: Method) -> Donor:
+    """Weights from a checkpoint file, a model folder of Hugging Face, or a run of ours.
+
+    Args:
+        path: a file or folder that `read_weights` knows, or the folder of a run.
+        method: what will be trained. A file is read by its layout; a run tells its own method.
+
+    Raises:
+        FileNotFoundError: if there is nothing at the path.
+        ValueError: if a file is of another kind or holds another model; says all that differs.
+    """
+    if not (Path(path) / FOLDER).is_dir():
+        return _donor_from_weights(path, method)
+    variables, about = read_variables(Path(path))
+    config = configs.resolve(configs.from_json(about["config"]), "cpu")
+    return Donor(path, method_class(about["method"]).build(config), flatten(variables))
+
+
+def _donor_from_weights(path: str, method: Method) -> Donor:
+    layout = method.layout()
+    if layout is None:
+        raise ValueError(f"{type(method).__name__} has no official checkpoint to read {path} by.")
+    weights = read_weights(path)
+    state = weights.state
+    try:
+        method = method.sized_like(state, weights.sizes)
+        layout = method.layout()
+        assert layout is not None
+        params = layout.load(state, parameter_shapes(method))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    left_out = tuple(layout.left_out(state))
+    return Donor(path, method, flatten({"params": params}), left_out, weights.notes)
+
+
+def parameter_shapes(method: Method) -> Any:
+    """The parameters of a method as shapes, without computing them."""
+    batch = {
+        name: jax.ShapeDtypeStruct((1, *(size or 1 for size in wanted.shape)), np.float32)
+        for name, wanted in method.inputs.items()
+    }
+    return jax.eval_shape(lambda: method.init(jax.random.key(0), batch))["params"]
+
+
 def initialize_from(path: str, method: Method, state: TrainState) -> tuple[TrainState, list[str]]:
     """Puts weights from a file, or from a run of ours, into a new state.
 
+    The weights of another method give what both have, such as the encoder. Weights for another
+    image size, patch size or number of channels are resized, see `Method.adopt`.
+
     Args:
-        path: an official checkpoint file, or the folder of a run.
+        path: see `read_donor`.
         method: the method that will be trained.
         state: at step 0; parameters that the weights lack stay as they are.
 
     Returns:
-        The state, laid out as before, and notes for the user.
+        The state, laid out as before, and notes for the user on every array that was resized,
+        was not used, or is not there.
 
     Raises:
         FileNotFoundError: if there is nothing at the path.
         ValueError: if the weights do not fit; everything that does not is listed.
     """
-    if Path(path).is_dir():
-        if not (Path(path) / FOLDER).is_dir():
-            raise FileNotFoundError(f"init_from: {path} is a folder, but no run of ours.")
-        given = read_variables(Path(path))[0]
-        problems = differences(flatten(given), flatten(state.variables), "the run")
-        if problems:
-            raise ValueError(f"the run {path} holds another model:\n  " + "\n  ".join(problems))
-    else:
-        given = {"params": read_official(path, method, state.params)}
+    donor = read_donor(path, method)
     old = flatten(state.variables)
-    new = {
-        name: jax.device_put(value, old[name].sharding) for name, value in flatten(given).items()
-    }
+    new, unused = _adopted(donor, method, sorted(old))
+    problems = differences(new, {name: old[name] for name in new}, f"{path}, resized")
+    problems += _of_another_depth(set(old) - set(new), unused, donor, old)
+    if not new:
+        problems.append(f"{type(donor.method).__name__} shares no part with the model")
+    if problems:
+        raise ValueError(
+            f"the weights of {path} do not fit the model:\n  " + "\n  ".join(problems) + "\n"
+            "Set the fields of config.model to the sizes of the weights."
+        )
+    placed = {name: jax.device_put(value, old[name].sharding) for name, value in new.items()}
     kept = sorted(name.removeprefix("params/") for name in set(old) - set(new))
-    notes = [f"initialized {len(new)} of {len(old)} arrays from {path}"]
-    if kept:
-        notes.append(f"not in the file, so at their initial values: {', '.join(kept)}")
-    variables = unflatten({**old, **new})
+    variables = unflatten({**old, **placed})
     # An EMA target that the weights lack starts from its source, as in a new run.
     absent = [e for e in method.ema if any(name.startswith(f"{e.target}/") for name in kept)]
     params = start_ema(absent, variables.pop("params"))
+    notes = [f"initialized {len(new)} of {len(old)} arrays from {path}", *donor.notes]
+    for name, value in new.items():
+        given = donor.variables.get(name)
+        if given is not None and given.shape != value.shape:
+            notes.append(
+                f"resized {name.removeprefix('params/')} from {given.shape} to {value.shape}"
+            )
+    left_out = [name.removeprefix("params/") for name in unused] + list(donor.left_out)
+    if left_out:
+        notes.append(f"not used by this model: {', '.join(left_out)}")
+    if kept:
+        notes.append(f"not in the weights, so at their initial values: {', '.join(kept)}")
     return dataclasses.replace(state, params=params, mutable=variables), notes
 
 
-def read_official(path: str, method: Method, like: Any) -> dict[str, Any]:
-    """Parameters from an official checkpoint, through the method's layout.
+class _Recorded(dict[str, np.ndarray]):
+    """A dictionary that knows which of its entries were read."""
 
-    Args:
-        path: the file.
-        method: the method whose layout reads it.
-        like: the method's parameters, or their shapes.
+    def __init__(self, entries: Mapping[str, np.ndarray]) -> None:
+        super().__init__(entries)
+        self.read: set[str] = set()
 
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the method has no layout, or the file does not fit.
-    """
-    layout = method.layout()
-    if layout is None:
-        raise ValueError(f"{type(method).__name__} has no official checkpoint to read {path} by.")
-    try:
-        return layout.load(read_state_dict(path), like)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    def __getitem__(self, name: str) -> np.ndarray:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As `dict.get`."""
+        return self[name] if name in self else default
+
+
+def _adopted(
+    donor: Donor, method: Method, names: Iterable[str]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """What a method takes over from a donor, by path, and the names that it did not use."""
+    start = "params/"
+    params = _Recorded(
+        {k.removeprefix(start): v for k, v in donor.variables.items() if k.startswith(start)}
+    )
+    same = type(donor.method) is type(method)
+    found = {}
+    used = set()
+    for name in names:
+        if name.startswith(start):
+            value = method.adopt(name.removeprefix(start), params, donor.method)
+        else:
+            value = donor.variables.get(name) if same else None
+            used.add(name)
+        if value is not None:
+            found[name] = value
+    used |= {start + name for name in params.read}
+    return found, sorted(set(donor.variables) - used)
+
+
+def _of_another_depth(
+    missing: Iterable[str], unused: Iterable[str], donor: Donor, wanted: Iterable[str]
+) -> list[str]:
+    """Blocks that only one side has, in a stack that both have."""
+
+    def stacks(names: Iterable[str]) -> set[str]:
+        return {name.partition("/blocks")[0] for name in names if "/blocks" in name}
+
+    shared = stacks(donor.variables) & stacks(wanted)
+
+    def in_shared(names: Iterable[str]) -> list[str]:
+        return [name for name in sorted(names) if stacks([name]) & shared]
+
+    return [
+        *(f"missing: {name}" for name in in_shared(missing)),
+        *(f"unexpected: {name}" for name in in_shared(unused)),
+    ]

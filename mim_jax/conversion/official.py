@@ -1,59 +1,50 @@
-"""Between a run of ours and a method's official checkpoint, both ways."""
+"""Between a run of ours and weights of others, both ways."""
 
 import contextlib
 from pathlib import Path
 
 import jax
 import ml_collections
-import numpy as np
 
 from mim_jax import config as configs
-from mim_jax.conversion.files import read_state_dict, write_state_dict
+from mim_jax.conversion.export import export_variables
 from mim_jax.conversion.initial import initialize_from
 from mim_jax.method import method_class
-from mim_jax.training.checkpoints import Checkpoints, read_variables
-from mim_jax.training.experiment import Experiment, image_shapes
-from mim_jax.training.tree import flatten
+from mim_jax.training.checkpoints import Checkpoints, checkpoint_steps, read_variables
+from mim_jax.training.experiment import Experiment
 
 
-def export_run(run: Path, output: Path, step: int | None = None) -> str:
-    """Writes a run's parameters as the official checkpoint of its method.
+def export_run(run: Path, output: Path, format: str = "official", step: int | None = None) -> str:
+    """Writes a run's weights for others, see `mim_jax.conversion.export`.
 
     Args:
         run: folder of the run.
-        output: a `.safetensors` or `.pth` file.
+        output: a file, or a folder for the formats of transformers.
+        format: a name in `mim_jax.conversion.export.FORMATS`.
         step: which checkpoint; the newest by default.
 
     Returns:
-        A note on what was written.
+        Notes on what was written, what was left out and what was checked.
 
     Raises:
         FileNotFoundError: if the folder holds no complete checkpoint, or not that one.
-        ValueError: if the method has no official checkpoint, its parameters do not fit it, or the
-            output is of an unknown kind.
+        ValueError: if the format is unknown or cannot hold the model, or the output is of an
+            unknown kind.
     """
+    if step is None:
+        step = max(checkpoint_steps(run), default=None)
     variables, about = read_variables(run, step)
-    method = method_class(about["method"]).build(
-        configs.resolve(configs.from_json(about["config"]), "cpu")
-    )
-    layout = method.layout()
-    if layout is None:
-        raise ValueError(f"method {about['method']!r} has no official checkpoint format.")
-    state = layout.save(variables["params"])
-    write_state_dict(output, state)
-    again = flatten(layout.load(read_state_dict(output), variables["params"]))
-    for path, value in flatten(variables["params"]).items():
-        if not np.array_equal(again[path], value):
-            raise ValueError(f"{output} does not give {path} back exactly; do not use the file.")
-    return f"wrote {len(state)} arrays to {output}; read back exactly"
+    config = configs.resolve(configs.from_json(about["config"]), "cpu")
+    method = method_class(about["method"]).build(config)
+    return export_variables(method, config, variables, output, format, step=step)
 
 
 def import_checkpoint(config: ml_collections.ConfigDict, source: Path, run: Path) -> str:
-    """Makes a run whose checkpoint of step 0 holds the weights of an official file.
+    """Makes a run whose checkpoint of step 0 holds the weights of a file or a model folder.
 
     Args:
         config: a complete config whose model is that of the file.
-        source: a `.safetensors` or `.pth` file.
+        source: a `.safetensors` or `.pth` file, or a folder of transformers.
         run: folder of the new run; must not hold checkpoints yet.
 
     Returns:
@@ -64,7 +55,7 @@ def import_checkpoint(config: ml_collections.ConfigDict, source: Path, run: Path
         ValueError: if the file does not fit the model, or the run exists already.
     """
     experiment = Experiment.on_one_device(config)
-    state = experiment.initial_state(image_shapes(experiment.config))
+    state = experiment.initial_state(experiment.batch_shapes())
     state, notes = initialize_from(str(source), experiment.method, state)
     config = configs.resolve(config, jax.default_backend())
     # Opened last, since it creates the folder: a file that does not fit leaves nothing behind.

@@ -5,11 +5,12 @@ import numpy as np
 import optax
 import pytest
 
+from mim_jax import config as configs
 from mim_jax.conversion import initial
 from mim_jax.conversion.files import write_state_dict
-from mim_jax.conversion.initial import initialize_from, read_official
+from mim_jax.conversion.initial import Donor, initialize_from
 from mim_jax.conversion.official import import_checkpoint
-from mim_jax.training.experiment import Experiment, image_shapes
+from mim_jax.training.experiment import Experiment
 from mim_jax.training.state import TrainState, init_state
 from mim_jax.training.tree import flatten
 from tests.methods.tiny import tiny_config, tiny_mae, tiny_params
@@ -19,7 +20,7 @@ from tests.training.toy import Toy
 def build(changes: dict | None = None, devices: int = 1) -> tuple[Experiment, TrainState]:
     config = tiny_config(changes)
     experiment = Experiment.build(config, examples=64, devices=jax.devices()[:devices])
-    return experiment, experiment.initial_state(image_shapes(config))
+    return experiment, experiment.initial_state(experiment.batch_shapes())
 
 
 new_run = functools.cache(build)
@@ -72,7 +73,7 @@ def test_an_encoder_only_file_leaves_the_decoder_initial_and_the_notes_say_so(tm
     assert_params(ours, {"encoder": tiny_params()["encoder"]})
     assert_params(ours, {"decoder": jax.device_get(state.params)["decoder"]})
     assert notes[0].startswith("initialized 29 of 60 arrays")
-    listed = notes[1].removeprefix("not in the file, so at their initial values: ").split(", ")
+    listed = notes[1].removeprefix("not in the weights, so at their initial values: ").split(", ")
     assert listed == sorted(path for path in flatten(state.params) if path.startswith("decoder/"))
 
 
@@ -111,53 +112,114 @@ def test_a_missing_file_is_an_error(tmp_path):
         initialize_from(str(tmp_path / "nowhere.pth"), experiment.method, state)
 
 
-def test_a_file_of_another_size_is_an_error_that_names_the_file_and_lists_all(official):
-    wider = tiny_mae({"model.width": 24, "model.depth": 1})
-    like = jax.eval_shape(lambda: wider.init(jax.random.key(0), image_shapes(tiny_config())))
+def test_a_file_of_another_depth_and_width_is_an_error_that_names_the_file_and_lists_all(official):
+    experiment, state = build({"model.width": 24, "model.depth": 3})
     with pytest.raises(ValueError) as error:
-        read_official(str(official), wider, like["params"])
+        initialize_from(str(official), experiment.method, state)
     message = str(error.value)
-    assert message.startswith(f"{official}: the checkpoint does not fit the model:")
-    assert "cls_token: shape (1, 1, 16) in the file, (1, 1, 24) in the model" in message
-    assert "pos_embed: shape (1, 7, 16) in the file, (1, 7, 24) in the model" in message
-    assert message.count("unexpected: blocks.1.") == 12
+    assert message.startswith(f"the weights of {official} do not fit the model:")
+    assert "params/encoder/cls_token: (1, 1, 16) in" in message
+    assert message.count("missing: params/encoder/transformer/blocks_2/") == 12
 
 
-def test_a_run_of_another_size_is_an_error_that_lists_all(run):
-    experiment, state = new_run()
-    params = dict(flatten(state.params))
-    params["encoder/cls_token"] = jax.numpy.zeros((1, 1, 24))
-    params["head/kernel"] = params.pop("decoder/mask_token")
+def test_a_run_with_more_blocks_is_an_error_that_lists_them(run):
+    experiment, state = build({"model.depth": 1})
     with pytest.raises(ValueError) as error:
-        initialize_from(str(run), experiment.method, state.replace(params=params))
-    assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
-        "missing: params/head/kernel",
-        "unexpected: params/decoder/mask_token",
-        "params/encoder/cls_token: (1, 1, 16) in the run, (1, 1, 24) in the model",
-    ]
+        initialize_from(str(run), experiment.method, state)
+    assert str(error.value).count("unexpected: params/encoder/transformer/blocks_1/") == 12
 
 
 def test_a_method_without_official_checkpoint_says_so(official):
+    state = init_state(Toy(), optax.identity(), jax.random.key(0), {})
     with pytest.raises(ValueError, match="Toy has no official checkpoint to read"):
-        read_official(str(official), Toy(), {})
+        initialize_from(str(official), Toy(), state)
 
 
-def test_a_run_gives_its_teacher_and_mutable_collections_too(tmp_path, monkeypatch):
+def test_stacked_and_single_blocks_exchange_weights(run):
+    for changes in ({"model.scan": True}, {}):
+        experiment, state = build(changes)
+        ours, notes = initialize_from(str(run), experiment.method, state)
+        assert len(notes) == 1, notes
+        state_dict = experiment.method.layout().save(jax.device_get(ours.params))
+        for key, value in tiny_mae().layout().save(tiny_params()).items():
+            np.testing.assert_array_equal(state_dict[key], value, err_msg=key)
+
+
+OTHER_IMAGES = {
+    "data.image_size": (8, 8),
+    "data.channels": 3,
+    "data.mean": (0.5,) * 3,
+    "data.std": (0.3,) * 3,
+    "model.patch_size": (2, 4),
+}
+
+
+def test_weights_for_other_patches_channels_and_sizes_are_resized_with_a_note(run):
+    experiment, state = build(OTHER_IMAGES)
+    ours, notes = initialize_from(str(run), experiment.method, state)
+    assert notes[1:] == [
+        "resized decoder/pred/bias from (16,) to (24,)",
+        "resized decoder/pred/kernel from (8, 16) to (8, 24)",
+        "resized encoder/patch_embed/kernel from (4, 4, 1, 16) to (2, 4, 3, 16)",
+    ]
+    del ours.params["decoder"]["pred"], ours.params["encoder"]["patch_embed"]["kernel"]
+    expected = tiny_params()
+    del expected["decoder"]["pred"], expected["encoder"]["patch_embed"]["kernel"]
+    assert_params(ours, expected)
+
+
+def test_a_file_whose_grid_nothing_tells_asks_for_its_size(official):
+    experiment, state = build(OTHER_IMAGES)
+    with pytest.raises(ValueError, match="its 6 positions are no square; set data.image_size"):
+        initialize_from(str(official), experiment.method, state)
+
+
+def test_a_classifier_takes_the_encoder_and_lists_the_rest(run):
+    fields = ("width", "depth", "heads", "patch_size", "mlp_ratio")
+    like = tiny_config()
+    config = configs.load(
+        "finetune:tiny",
+        {
+            **{f"model.{name}": like.model[name] for name in fields},
+            **{f"data.{name}": like.data[name] for name in ("image_size", "mean", "std")},
+            "model.num_classes": 3,
+            "model.labels": "single",
+            "batch_size": 8,
+        },
+    )
+    experiment = Experiment.build(config, examples=64, devices=jax.devices()[:1])
+    state = experiment.initial_state(experiment.batch_shapes())
+    ours, notes = initialize_from(str(run), experiment.method, state)
+    encoder = dict(tiny_params()["encoder"])
+    del encoder["norm"]
+    assert_params(ours, {"encoder": encoder})
+    table = tiny_mae().encoder.position_table()
+    np.testing.assert_array_equal(ours.params["encoder"]["positions"], table)
+    assert "not used by this model: decoder/embed/bias" in notes[1]
+    assert notes[1].endswith("encoder/norm/bias, encoder/norm/scale")
+    assert notes[2] == (
+        "not in the weights, so at their initial values: "
+        "fc_norm/bias, fc_norm/scale, head/bias, head/kernel"
+    )
+
+
+def test_a_run_gives_its_teacher_and_mutable_collections_too(monkeypatch):
     optimizer = optax.with_extra_args_support(optax.identity())
     state = init_state(Toy(), optimizer, jax.random.key(0), {})
     given = jax.tree.map(lambda leaf: np.asarray(leaf) + 1, state.variables)
-    monkeypatch.setattr(initial, "read_variables", lambda path: (given, {}))
-    (tmp_path / "checkpoints").mkdir()
-    loaded, notes = initial.initialize_from(str(tmp_path), Toy(), state)
+    donor = Donor("run", Toy(), flatten(given))
+    monkeypatch.setattr(initial, "read_donor", lambda path, method: donor)
+    loaded, notes = initial.initialize_from("run", Toy(), state)
     jax.tree.map(np.testing.assert_array_equal, loaded.variables, given)
     assert len(notes) == 1
 
 
-def test_a_teacher_that_the_weights_lack_starts_from_its_student(tmp_path, monkeypatch):
+def test_a_teacher_that_the_weights_lack_starts_from_its_student(monkeypatch):
     optimizer = optax.with_extra_args_support(optax.identity())
     state = init_state(Toy(), optimizer, jax.random.key(0), {})
     given = {"student": jax.tree.map(lambda leaf: np.asarray(leaf) + 1, state.params["student"])}
-    monkeypatch.setattr(initial, "read_official", lambda *_: given)
+    donor = Donor("weights.pth", Toy(), flatten({"params": given}))
+    monkeypatch.setattr(initial, "read_donor", lambda path, method: donor)
     loaded, _ = initial.initialize_from("weights.pth", Toy(), state)
     jax.tree.map(np.testing.assert_array_equal, loaded.params["teacher"], loaded.params["student"])
     jax.tree.map(np.testing.assert_array_equal, loaded.params["student"], given["student"])

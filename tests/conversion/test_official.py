@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 
 from mim_jax import config as configs
+from mim_jax.cli import main
 from mim_jax.conversion.files import read_state_dict, write_state_dict
 from mim_jax.conversion.official import export_run, import_checkpoint
 from mim_jax.training.checkpoints import read_variables
+from mim_jax.training.tree import flatten
+from tests.conversion.models import build, classifier_config, mae_config, variables, written
 from tests.methods.tiny import tiny_config, tiny_mae, tiny_params
 
 
@@ -31,7 +34,11 @@ def run(source, tmp_path_factory):
 def test_import_and_export_give_back_the_identical_file(source, run, tmp_path):
     note = export_run(run, tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == source.read_bytes()
-    assert note == f"wrote 62 arrays to {tmp_path / 'again.safetensors'}; read back exactly"
+    first, checked, card = note.splitlines()
+    assert first == f"wrote 62 arrays to {tmp_path / 'again.safetensors'}; read back exactly"
+    assert checked.startswith("checked: features of 2 fixed images")
+    assert card == f"model card: {tmp_path / 'again.md'}"
+    assert "| checkpoint | step 0 |" in (tmp_path / "again.md").read_text()
 
 
 def test_a_file_for_pytorch_holds_the_same_arrays(run, tmp_path):
@@ -76,6 +83,65 @@ def test_exporting_to_an_unknown_kind_of_file_is_an_error(run, tmp_path):
     with pytest.raises(ValueError, match=r"unknown kind '.npz'; write \.safetensors or \.pth"):
         export_run(run, tmp_path / "again.npz")
     assert list(tmp_path.iterdir()) == []
+
+
+def exported(config, kind, output):
+    method = build(config)
+    return written(kind, config, method, variables(method), output)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("hf-mae", mae_config()),
+        ("timm", classifier_config("mean")),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_a_whole_model_comes_back_from_any_format(kind, config, tmp_path):
+    source = exported(config, kind, tmp_path / ("x.safetensors" if kind == "timm" else "x"))
+    import_checkpoint(config, source, tmp_path / "run")
+    params = read_variables(tmp_path / "run")[0]["params"]
+    expected = flatten(variables(build(config))["params"])
+    assert set(flatten(params)) == set(expected)
+    for path, value in flatten(params).items():
+        np.testing.assert_array_equal(value, expected[path], err_msg=path)
+
+
+@pytest.mark.parametrize("kind", ["hf-vit", "timm"])
+def test_an_encoder_leaves_the_decoder_of_an_mae_fresh_and_lists_it(kind, tmp_path):
+    config = mae_config()
+    source = exported(config, kind, tmp_path / ("x.safetensors" if kind == "timm" else "x"))
+    notes = import_checkpoint(config, source, tmp_path / "run").splitlines()
+    assert notes[0].startswith("initialized 29 of 60 arrays")
+    (listed,) = [note for note in notes if "at their initial values" in note]
+    assert listed.count("decoder/") == 31
+    params = read_variables(tmp_path / "run")[0]["params"]
+    given = variables(build(config))["params"]
+    np.testing.assert_array_equal(params["encoder"]["cls_token"], given["encoder"]["cls_token"])
+    assert np.all(params["decoder"]["norm"]["scale"] == 1)
+
+
+def test_a_run_goes_to_any_format(run, tmp_path):
+    note = export_run(run, tmp_path / "folder", "hf-vit")
+    assert f"wrote 30 arrays to {tmp_path / 'folder'}" in note
+    assert "left out: decoder (31 arrays)" in note
+
+
+def test_a_run_is_not_exported_into_itself(run):
+    before = (run / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=r"is a run, with a config\.json of its own; choose"):
+        export_run(run, run, "hf-vit")
+    assert (run / "config.json").read_bytes() == before
+
+
+def test_the_command_line_takes_a_format(run, tmp_path, capsys):
+    command = ["convert", f"--run={run}", f"--output={tmp_path / 'x.safetensors'}"]
+    assert main([*command, "--format=timm"]) == 0
+    assert "left out: decoder (31 arrays); it travels by official" in capsys.readouterr().out
+    assert (tmp_path / "x.json").is_file()
+    assert main([*command, "--format=onnx"]) == 1
+    assert "unknown format 'onnx'; known are official, hf-mae" in capsys.readouterr().err
 
 
 def test_exporting_what_is_no_run_is_an_error(tmp_path):
