@@ -1,9 +1,12 @@
 """The order of the data as a pure function of (seed, step), without a stored permutation."""
 
+import functools
+
 import numpy as np
 
 _ROUNDS = 8
 _MAX_SEED = 2**64
+_WORD = 2**64 - 1
 
 
 def steps_per_epoch(source_length: int, batch_size: int) -> int:
@@ -82,6 +85,24 @@ def permuted_indices(
     return values.astype(np.int64)
 
 
+def permuted_index(position: int, source_length: int, seed: int, epoch: int) -> int:
+    """Return `permuted_indices` of one position; several times faster than an array of one."""
+    half_bits = max(1, ((source_length - 1).bit_length() + 1) // 2)
+    mask = (1 << half_bits) - 1
+    keys = _cached_keys(seed, epoch)
+    value = position
+    while True:
+        left, right = value >> half_bits, value & mask
+        for key in keys:
+            mixed = right ^ key
+            mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 & _WORD
+            mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB & _WORD
+            left, right = right, left ^ ((mixed ^ (mixed >> 31)) & mask)
+        value = (left << half_bits) | right
+        if value < source_length:
+            return value
+
+
 def check_seed(seed: int) -> None:
     """Raise `ValueError` unless `0 <= seed < 2**64`."""
     if not 0 <= seed < _MAX_SEED:
@@ -125,6 +146,12 @@ def _round_keys(seed: int, epoch: int) -> np.ndarray:
     state = _mixed(_mixed(np.array([seed], np.uint64)) ^ np.array([epoch], np.uint64))
     step = np.uint64(0x9E3779B97F4A7C15)
     return _mixed(state + step * np.arange(1, _ROUNDS + 1, dtype=np.uint64))
+
+
+@functools.lru_cache(maxsize=1024)
+def _cached_keys(seed: int, epoch: int) -> tuple[int, ...]:
+    check_seed(seed)
+    return tuple(_round_keys(seed, epoch).tolist())
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:

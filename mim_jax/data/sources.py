@@ -1,26 +1,33 @@
 """Sources: random access to images with labels, opened by name."""
 
 import difflib
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 
-from mim_jax.data.decode import check_channels
+from mim_jax.data.array_record import MANIFEST, is_shard_name, open_array_record
+from mim_jax.data.decode import check_bits
 from mim_jax.data.embedded import read_embedded
 from mim_jax.data.fashion_mnist import CLASS_NAMES, read_fashion_mnist
 from mim_jax.data.folder import open_folder
+from mim_jax.data.mixture import open_mixture
 from mim_jax.data.order import permuted_indices
+from mim_jax.data.records import Record, record_of
 from mim_jax.data.splits import slice_of, split_name_and_bounds
+from mim_jax.data.tar_shards import open_tar
 from mim_jax.data.tfds_source import open_tfds
 
-# Slices of a folder are taken of this order, the same in every run.
-_FOLDER_SLICE_SEED = 0
+# Slices of files are taken of this order, the same in every run.
+_SLICE_SEED = 0
+_FULL_RANGE_16_OVER_8 = 257  # 65535 / 255
 
 _VALID_NAMES = (
     "'embedded' (the sample set in the package), 'fashion_mnist' (the full set), "
-    "'tfds:NAME[/CONFIG][:VERSION]', 'folder:PATH', or the path of an existing image folder"
+    "'tfds:NAME[/CONFIG][:VERSION]', 'folder:PATH', 'array_record:PATTERN', 'tar:PATTERN', "
+    "'mix:SHARE*SOURCE+SHARE*SOURCE', or the path of an existing image folder"
 )
 
 
@@ -31,6 +38,12 @@ class Source(Protocol):
         name: for messages and logs.
         num_classes: None if the examples have no label.
         class_names: in the order of the labels; None if unlabelled or unknown.
+
+    A source may have, and is asked for by `getattr`:
+        multi_label: True if an example may have several labels; without it, False.
+        labels: of all examples as an array, where they are known without reading an example.
+        record: a method that gives an example with its image still encoded, see
+            `mim_jax.data.records.record_of`.
     """
 
     name: str
@@ -42,7 +55,10 @@ class Source(Protocol):
         ...
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return `image` uint8 `[height, width, channels]` (0..255) and, if labelled, `label` int.
+        """Return `image` and, if labelled, `label`.
+
+        The image is uint8 (0..255) or uint16 (0..65535) `[height, width, channels]`; the label is
+        an int, or a uint8 vector `[num_classes]` of 0 and 1 if the source is multi-label.
 
         Raises:
             UnreadableImage: (`mim_jax.data.decode`) this example cannot be read; names it.
@@ -56,6 +72,8 @@ class ArraySource:
     Attributes: as for `Source`.
     """
 
+    multi_label = False
+
     def __init__(
         self,
         name: str,
@@ -67,7 +85,7 @@ class ArraySource:
 
         Args:
             name: for messages.
-            images: uint8 `[n, height, width, channels]`.
+            images: uint8 or uint16 `[n, height, width, channels]`.
             labels: integers `[n]`, or None.
             class_names: in the order of the labels; without them, `num_classes` is the largest
                 label plus one.
@@ -75,10 +93,10 @@ class ArraySource:
         Raises:
             ValueError: arrays of another type or shape, or of different lengths.
         """
-        if images.dtype != np.uint8 or images.ndim != 4:
+        if images.dtype not in (np.uint8, np.uint16) or images.ndim != 4:
             raise ValueError(
-                f"{name}: images must be uint8 [n, height, width, channels], got {images.dtype} "
-                f"{images.shape}"
+                f"{name}: images must be uint8 or uint16 [n, height, width, channels], got "
+                f"{images.dtype} {images.shape}"
             )
         if labels is not None and labels.shape != images.shape[:1]:
             raise ValueError(
@@ -89,17 +107,17 @@ class ArraySource:
         self.num_classes: int | None = None
         if labels is not None:
             self.num_classes = len(class_names) if class_names else int(labels.max()) + 1
+        self.labels = labels
         self._images = images
-        self._labels = labels
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return `image` uint8 `[height, width, channels]` and, if labelled, `label`."""
-        if self._labels is None:
+        """Return `image` `[height, width, channels]` and, if labelled, `label`."""
+        if self.labels is None:
             return {"image": self._images[index]}
-        return {"image": self._images[index], "label": int(self._labels[index])}
+        return {"image": self._images[index], "label": int(self.labels[index])}
 
 
 class SubsetSource:
@@ -113,6 +131,7 @@ class SubsetSource:
         self.name = name
         self.num_classes = source.num_classes
         self.class_names = source.class_names
+        self.multi_label = getattr(source, "multi_label", False)
         self._source = source
         self._indices = indices
 
@@ -123,9 +142,24 @@ class SubsetSource:
         """Return the example at one position of the subset."""
         return self._source[int(self._indices[index])]
 
+    def record(self, index: int) -> Record | None:
+        """Return the example at one position undecoded; None if the source holds no files."""
+        return record_of(self._source, int(self._indices[index]))
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """The labels of the subset, None if they are not known without reading examples."""
+        labels = getattr(self._source, "labels", None)
+        return None if labels is None else labels[self._indices]
+
 
 def open_source(
-    name: str, split: str = "train", *, channels: int | None = None, backend: str = "auto"
+    name: str,
+    split: str = "train",
+    *,
+    channels: int | None = None,
+    bits: int = 8,
+    backend: str = "auto",
 ) -> Source:
     """Open a data set by name.
 
@@ -136,57 +170,98 @@ def open_source(
         tfds:NAME[/CONFIG][:VERSION][?data_dir=FOLDER]: a TFDS data set prepared as ArrayRecord.
         folder:PATH, or the path of an existing folder: images in a folder, see
             `mim_jax.data.folder.open_folder` for splits and labels.
+        array_record:PATTERN, or the path of a shard or of a folder with `dataset.json`: what
+            `mim-jax data convert` wrote, see `mim_jax.data.array_record`.
+        tar:PATTERN, or the path of a tar file: shards in the WebDataset layout, see
+            `mim_jax.data.tar_shards`.
+        mix:SHARE*SOURCE+SHARE*SOURCE, or mix:FILE.json: several sources with fixed shares, see
+            `mim_jax.data.mixture`.
+
+    A PATTERN is a folder, a glob, `name-{000..127}.tar` or `name@8`, see
+    `mim_jax.data.shards.shard_paths`.
 
     A split is a name with an optional slice as in TFDS: `train`, `test`, `train[:90%]`,
-    `train[100:200]`, `train[-10%:]`. A folder is sorted by class, so its slices are taken of a
-    shuffled order that is the same in every run: each class is found on both sides of a cut.
+    `train[100:200]`, `train[-10%:]`. Files are often sorted by class, so slices of folders and
+    shards are taken of a shuffled order that is the same in every run: each class is found on both
+    sides of a cut.
 
     Args:
         name: see above.
         split: see above.
-        channels: 1 or 3. None keeps the number of the data set (1 for Fashion-MNIST) and means 3
-            for a folder.
+        channels: of the images. None keeps the number of the data set (1 for Fashion-MNIST) and
+            means 3 for image files.
+        bits: 8 gives uint8 images, 16 gives uint16; samples are scaled by the range of their type.
         backend: decoder of image files: `opencv`, `pillow`, or `auto` for OpenCV where installed.
 
     Raises:
         ValueError: an unknown name (lists the valid ones and the nearest), or a bad split.
         FileNotFoundError: the data are not there; says how to get or find them.
     """
+    check_bits(bits)
     if name in _IN_MEMORY:
-        return _open_in_memory(name, split, channels)
-    if name.startswith("tfds:"):
-        return open_tfds(name.removeprefix("tfds:"), split, channels=channels, backend=backend)
-    if name.startswith("folder:") or (name and pathlib.Path(name).expanduser().exists()):
-        return _open_folder_split(name.removeprefix("folder:"), split, channels, backend)
-    nearest = difflib.get_close_matches(name, (*_IN_MEMORY, "tfds:", "folder:"), n=1)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    raise ValueError(f"unknown data source {name!r}; use {_VALID_NAMES}.{hint}")
+        return _open_in_memory(name, split, channels, bits)
+    options: dict[str, Any] = {"channels": channels, "bits": bits, "backend": backend}
+    kind, text = _kind_and_text(name)
+    if kind == "tfds":
+        return open_tfds(text, split, **options)
+    if kind == "mix":
+        return open_mixture(text, split, functools.partial(open_source, **options))
+    split_name, bounds = split_name_and_bounds(split)
+    source = _FILES[kind](text, split_name, **options)
+    return source if bounds is None else _slice(source, split, bounds)
 
 
 _IN_MEMORY: dict[str, Callable[[str], tuple[np.ndarray, np.ndarray]]] = {
     "embedded": read_embedded,
     "fashion_mnist": read_fashion_mnist,
 }
+_FILES: dict[str, Callable[..., Source]] = {
+    "folder": open_folder,
+    "array_record": open_array_record,
+    "tar": open_tar,
+}
+_KINDS = ("tfds", "mix", *_FILES)
 
 
-def _open_in_memory(name: str, split: str, channels: int | None) -> Source:
+def _kind_and_text(name: str) -> tuple[str, str]:
+    """Return what kind of source a name asks for, and what follows the colon.
+
+    Raises:
+        ValueError: an unknown name; lists the valid ones and the nearest.
+    """
+    kind, colon, text = name.partition(":")
+    if colon and kind in _KINDS:
+        return kind, text
+    path = pathlib.Path(name).expanduser()
+    if is_shard_name(path.name) or (path / MANIFEST).is_file():
+        return "array_record", name
+    if path.suffix == ".tar":
+        return "tar", name
+    if name and path.exists():
+        return "folder", name
+    nearest = difflib.get_close_matches(name, (*_IN_MEMORY, *(f"{k}:" for k in _KINDS)), n=1)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    raise ValueError(f"unknown data source {name!r}; use {_VALID_NAMES}.{hint}")
+
+
+def _open_in_memory(name: str, split: str, channels: int | None, bits: int) -> Source:
     split_name, bounds = split_name_and_bounds(split)
     images, labels = _IN_MEMORY[name](split_name)
-    if channels is not None:
-        check_channels(channels)
-        images = np.repeat(images, channels, axis=-1)  # the data are grey
+    if channels not in (None, 1, 3):
+        raise ValueError(f"channels must be 1 (grey) or 3 (RGB) for {name!r}, got {channels}")
     if bounds is not None:
         selected = slice_of(split, bounds, len(images))
         images, labels = (x[selected.start : selected.stop] for x in (images, labels))
+    if bits == 16:
+        images = images.astype(np.uint16) * _FULL_RANGE_16_OVER_8
+    if channels is not None:
+        images = np.repeat(images, channels, axis=-1)  # the data are grey
     return ArraySource(f"{name}:{split}", images, labels, CLASS_NAMES)
 
 
-def _open_folder_split(path: str, split: str, channels: int | None, backend: str) -> Source:
-    split_name, bounds = split_name_and_bounds(split)
-    source = open_folder(path, split_name, channels=channels, backend=backend)
-    if bounds is None:
-        return source
+def _slice(source: Source, split: str, bounds: tuple[str, str]) -> Source:
+    """Return a slice of a source of files, of its shuffled order but sorted for reading."""
     selected = slice_of(split, bounds, len(source))
     positions = np.arange(selected.start, selected.stop, dtype=np.int64)
-    shuffled = permuted_indices(positions, len(source), _FOLDER_SLICE_SEED, epoch=0)
+    shuffled = permuted_indices(positions, len(source), _SLICE_SEED, epoch=0)
     return SubsetSource(source, f"{source.name}:{split}", np.sort(shuffled))

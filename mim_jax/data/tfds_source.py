@@ -6,7 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from mim_jax.data.decode import UnreadableImage, check_channels, choose_backend, decode_image
+from mim_jax.data.decode import check_channels, choose_backend
+from mim_jax.data.records import Record, decoded
+from mim_jax.data.stages import stage
 
 _DATA_DIR_OPTION = re.compile(r"^(?P<name>[^?]+)(?:\?data_dir=(?P<data_dir>.+))?$")
 
@@ -18,7 +20,7 @@ class TfdsSource:
         name: as given to `open_source`, with the split.
         num_classes: from the `label` feature, None if there is none.
         class_names: from the `label` feature, None if there is none.
-        channels: of the decoded images, 1 or 3.
+        channels: of the decoded images.
     """
 
     def __init__(
@@ -28,6 +30,7 @@ class TfdsSource:
         class_names: tuple[str, ...] | None,
         num_classes: int | None,
         channels: int,
+        bits: int,
         backend: str,
     ) -> None:
         self.name = name
@@ -35,30 +38,42 @@ class TfdsSource:
         self.class_names = class_names
         self.channels = channels
         self._records = records
+        self._bits = bits
         self._backend = backend
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return `image` uint8 `[height, width, channels]` and, if labelled, `label`.
+        """Return `image` `[height, width, channels]` and, if labelled, `label`.
 
         Raises:
             UnreadableImage: the image cannot be decoded; names the record.
         """
-        record = self._records[index]
-        try:
-            image = decode_image(bytes(record["image"]), self.channels, self._backend)
-        except UnreadableImage as error:
-            raise UnreadableImage(f"{self.name}, record {index}: {error}") from error
-        element: dict[str, Any] = {"image": image}
+        record = self.record(index)
+        with stage("decode"):
+            return decoded(
+                record, record["name"], self.num_classes, self.channels, self._bits, self._backend
+            )
+
+    def record(self, index: int) -> Record:
+        """Return one example with its image undecoded."""
+        with stage("read"):
+            stored = self._records[index]
+        name = f"{self.name}, record {index}"
+        record: Record = {"image": bytes(stored["image"]), "name": name}
         if self.num_classes is not None:
-            element["label"] = int(record["label"])
-        return element
+            record["label"] = int(stored["label"])
+        return record
 
 
 def open_tfds(
-    name: str, split: str, *, channels: int | None = None, backend: str = "auto"
+    name: str,
+    split: str,
+    *,
+    channels: int | None = None,
+    bits: int = 8,
+    backend: str = "auto",
 ) -> TfdsSource:
     """Return a split of a data set that was prepared in the ArrayRecord format.
 
@@ -69,7 +84,8 @@ def open_tfds(
         name: `NAME[/CONFIG][:VERSION]`, optionally with `?data_dir=FOLDER`; without it TFDS looks
             in `$TFDS_DATA_DIR`, else in `~/tensorflow_datasets`.
         split: passed to TFDS as it is, with slices.
-        channels: 1 or 3; None for the data set's own number.
+        channels: of the decoded images; None for the data set's own number.
+        bits: 8 or 16, of the decoded images.
         backend: `opencv`, `pillow` or `auto`.
 
     Raises:
@@ -114,6 +130,7 @@ def open_tfds(
         class_names=tuple(names) if names else None,
         num_classes=num_classes,
         channels=channels,
+        bits=bits,
         backend=choose_backend(backend),
     )
 

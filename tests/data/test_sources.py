@@ -7,7 +7,9 @@ import pytest
 
 from mim_jax.data import open_source
 from mim_jax.data.fashion_mnist import fashion_mnist_folder, read_idx
+from mim_jax.data.records import record_of
 from mim_jax.data.sources import ArraySource, SubsetSource
+from tests.data.images import write_images
 
 needs_full_set = pytest.mark.skipif(
     not (fashion_mnist_folder() / "train-images-idx3-ubyte.gz").is_file(),
@@ -110,7 +112,7 @@ def test_unknown_split_is_an_error(name: str) -> None:
 def test_unknown_name_lists_the_forms_and_the_nearest(name: str, nearest: str) -> None:
     with pytest.raises(ValueError, match=f"unknown data source '{name}'") as error:
         open_source(name)
-    for form in ("'embedded'", "'fashion_mnist'", "'tfds:NAME", "'folder:PATH'"):
+    for form in ("'embedded'", "'fashion_mnist'", "'tfds:NAME", "'folder:PATH'", "'tar:", "'mix:"):
         assert form in str(error.value)
     assert f"Did you mean {nearest}?" in str(error.value)
 
@@ -124,7 +126,10 @@ def test_sources_can_be_pickled() -> None:
 
 
 def test_array_source_checks_its_arrays() -> None:
-    with pytest.raises(ValueError, match=r"images must be uint8 \[n, height, width, channels\]"):
+    message = r"images must be uint8 or uint16 \[n, height, width, channels\], got float32"
+    with pytest.raises(ValueError, match=message):
+        ArraySource("x", np.zeros((2, 4, 4, 1), np.float32))
+    with pytest.raises(ValueError, match=r"got uint8 \(2, 4, 4\)"):
         ArraySource("x", np.zeros((2, 4, 4), np.uint8))
     with pytest.raises(ValueError, match=r"labels of shape \(3,\) do not match 2 images"):
         ArraySource("x", np.zeros((2, 4, 4, 1), np.uint8), np.zeros(3, int))
@@ -133,5 +138,45 @@ def test_array_source_checks_its_arrays() -> None:
 
 
 def test_wrong_number_of_channels_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"channels must be 1 \(grey\) or 3 \(RGB\), got 2"):
+    message = r"channels must be 1 \(grey\) or 3 \(RGB\) for 'embedded', got 2"
+    with pytest.raises(ValueError, match=message):
         open_source("embedded", channels=2)
+
+
+def test_sixteen_bits_keep_white_white() -> None:
+    eight, sixteen = (open_source("embedded", "test[:50]", bits=bits) for bits in (8, 16))
+    for index in range(50):
+        image = sixteen[index]["image"]
+        assert image.dtype == np.uint16
+        np.testing.assert_array_equal(image, eight[index]["image"].astype(np.uint16) * 257)
+    assert max(int(sixteen[index]["image"].max()) for index in range(50)) == 65_535
+
+
+@pytest.mark.parametrize("name", ["embedded", "folder:x", "tar:x", "array_record:x", "mix:1*x"])
+def test_another_number_of_bits_is_an_error(name: str) -> None:
+    with pytest.raises(ValueError, match=r"bits must be 8 .*or 16.*got 12"):
+        open_source(name, bits=12)
+
+
+def test_labels_of_a_subset_are_known_without_reading_it() -> None:
+    subset = SubsetSource(open_source("embedded", "test"), "subset", np.array([13, 7, 2]))
+    assert subset.labels is not None and subset.labels.tolist() == [3, 7, 2]
+    assert not subset.multi_label
+    bare = ArraySource("x", np.zeros((2, 4, 4, 1), np.uint8))
+    assert SubsetSource(bare, "subset", range(1)).labels is None
+
+
+def test_records_of_a_subset_are_those_of_its_source(tmp_path: pathlib.Path) -> None:
+    write_images(tmp_path, 5)
+    source = open_source(str(tmp_path))
+    subset = SubsetSource(source, "subset", np.array([4, 1]))
+    assert record_of(subset, 0) == record_of(source, 4)
+    assert record_of(SubsetSource(open_source("embedded"), "subset", range(3)), 0) is None
+
+
+@pytest.mark.parametrize("name", ["x.array_record", "x.array_record-00000-of-00001", "x.tar"])
+def test_the_path_of_a_shard_that_is_missing_is_not_taken_for_a_name(
+    tmp_path: pathlib.Path, name: str
+) -> None:
+    with pytest.raises(FileNotFoundError, match=f"there is no file or folder .*{name}"):
+        open_source(f"{tmp_path}/{name}")
