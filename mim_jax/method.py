@@ -253,6 +253,15 @@ class Method(abc.ABC):
                 )
 
 
+def parameter_shapes(method: Method) -> Any:
+    """The parameters of a method as shapes, without computing them."""
+    batch: Any = {
+        name: jax.ShapeDtypeStruct((1, *(size or 1 for size in wanted.shape)), np.float32)
+        for name, wanted in method.inputs.items()
+    }
+    return jax.eval_shape(lambda: method.init(jax.random.key(0), batch))["params"]
+
+
 _REGISTRY: dict[str, type[Method]] = {}
 
 

@@ -42,7 +42,7 @@ from mim_jax.evaluation.linear_probe import linear_accuracy
 from mim_jax.masking import random_masking
 from mim_jax.method import Aux, Batch, Features, Input, Method, Variables
 from mim_jax.methods.mae import MAE, MaskedAutoencoder, Reconstruction
-from mim_jax.training.experiment import Experiment, image_shapes
+from mim_jax.training.experiment import Experiment
 from mim_jax.training.loop import train
 from mim_jax.training.optimizer import build_optimizer, warmup_cosine
 from mim_jax.training.state import state_from_variables
@@ -230,7 +230,7 @@ def step_times(config: ml_collections.ConfigDict, rounds: int = 12) -> dict[str,
         plain.method, model=WithMaskTokens(model.encoder, model.decoder, model.kept)
     )
     experiments["mask tokens in the encoder"] = dataclasses.replace(plain, method=full)
-    shapes = image_shapes(plain.config)
+    shapes = plain.batch_shapes()
     batch = {"image": jax.random.randint(jax.random.key(0), shapes["image"].shape, 0, 256)}
     batch = {"image": batch["image"].astype(jnp.uint8)}
     compiled = {name: e.compiled_step(shapes) for name, e in experiments.items()}
@@ -286,7 +286,7 @@ def main() -> int:
             pictures.append(str(run.picture))
             for name, value in reconstruction_errors(experiment, variables).items():
                 errors.setdefault(name, []).append(value)
-            initial = experiment.initial_state(image_shapes(experiment.config)).variables
+            initial = experiment.initial_state(experiment.batch_shapes()).variables
             add("untrained", encoder_scores(experiment, initial))
             for name, start in ((row, variables), ("untrained", initial)):
                 accuracy = classifier_accuracy(

@@ -16,7 +16,7 @@ from mim_jax.conversion.huggingface import CLASSIFIER_FOLDER, MAE_FOLDER, VIT_FO
 from mim_jax.conversion.timm_models import TIMM_FILE
 from mim_jax.conversion.weights import read_weights
 from mim_jax.layout import Layout
-from mim_jax.method import Method
+from mim_jax.method import Method, parameter_shapes
 from mim_jax.training.tree import flatten, unflatten
 
 
@@ -112,11 +112,13 @@ def export_variables(
     return "\n".join([first, *notes, f"model card: {card}"])
 
 
-def check_formats(names: Iterable[str]) -> None:
-    """Raises `ValueError` for a name that is no format, with the known ones."""
-    for name in names:
-        if name not in FORMATS:
-            raise ValueError(f"unknown format {name!r}; known are {', '.join(FORMATS)}.")
+def check_formats(names: Iterable[str], method: Method, config: ml_collections.ConfigDict) -> None:
+    """Raises `ValueError` for a format that is unknown or cannot hold a method, before training."""
+    names = list(names)
+    if names:
+        model = Model(method, config, flatten(parameter_shapes(method)))
+        for name in names:
+            find_format(name, model)
 
 
 def find_format(name: str, model: Model) -> Format:
@@ -125,7 +127,8 @@ def find_format(name: str, model: Model) -> Format:
     Raises:
         ValueError: if there is none of that name, or it cannot; the message lists those that can.
     """
-    check_formats([name])
+    if name not in FORMATS:
+        raise ValueError(f"unknown format {name!r}; known are {', '.join(FORMATS)}.")
     reason = FORMATS[name].refusal(model)
     if reason:
         others = [other.name for other in FORMATS.values() if not other.refusal(model)]

@@ -10,7 +10,7 @@ import numpy as np
 
 from mim_jax import config as configs
 from mim_jax.conversion.weights import read_weights
-from mim_jax.method import Method, method_class
+from mim_jax.method import Method, method_class, parameter_shapes
 from mim_jax.training.checkpoints import FOLDER, read_variables
 from mim_jax.training.state import TrainState, start_ema
 from mim_jax.training.tree import differences, flatten, unflatten
@@ -68,15 +68,6 @@ def _donor_from_weights(path: str, method: Method) -> Donor:
         raise ValueError(f"{path}: {error}") from error
     left_out = tuple(layout.left_out(state))
     return Donor(path, method, flatten({"params": params}), left_out, weights.notes)
-
-
-def parameter_shapes(method: Method) -> Any:
-    """The parameters of a method as shapes, without computing them."""
-    batch = {
-        name: jax.ShapeDtypeStruct((1, *(size or 1 for size in wanted.shape)), np.float32)
-        for name, wanted in method.inputs.items()
-    }
-    return jax.eval_shape(lambda: method.init(jax.random.key(0), batch))["params"]
 
 
 def initialize_from(path: str, method: Method, state: TrainState) -> tuple[TrainState, list[str]]:
@@ -144,7 +135,8 @@ class _Recorded(dict[str, np.ndarray]):
 
     def get(self, name: str, default: Any = None) -> Any:
         """As `dict.get`."""
-        return self[name] if name in self else default
+        self.read.add(name)
+        return super().get(name, default)
 
 
 def _adopted(

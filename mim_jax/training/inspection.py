@@ -4,7 +4,7 @@ import jax
 import ml_collections
 from rich.table import Table
 
-from mim_jax.training.experiment import Experiment, image_shapes
+from mim_jax.training.experiment import Experiment
 from mim_jax.training.sharding import bytes_per_device
 from mim_jax.training.state import TrainState, split_trainable
 from mim_jax.training.tree import flatten, path_string
@@ -20,7 +20,7 @@ def inspection(config: ml_collections.ConfigDict) -> tuple[Table, str]:
         ValueError: for anything in the config that does not fit together.
     """
     experiment = Experiment.without_data(config)
-    shapes = image_shapes(experiment.config)
+    shapes = experiment.batch_shapes()
     state = experiment.abstract_state(shapes)
     trainable = flatten(split_trainable(experiment.method, state.params)[0])
     table = Table(title=f"{config.method}: parameters")
@@ -47,7 +47,7 @@ def _summary(experiment: Experiment, state: TrainState, trained: int) -> str:
         part = path_string(path).split("/")[0]
         sizes[part] = sizes.get(part, 0) + bytes_per_device(leaf, leaf.sharding)
         total += leaf.size if part == "params" else 0
-    flops = experiment.flops_per_step(image_shapes(config))
+    flops = experiment.flops_per_step(experiment.batch_shapes())
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     lines = [
         f"parameters:  {total:,}, of which {trained:,} are trained",

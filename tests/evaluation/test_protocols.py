@@ -129,7 +129,7 @@ def test_a_protocol_that_the_method_cannot_do_is_refused_before_any_work(counted
 def test_examples_without_label_in_a_labelled_source_are_named(monkeypatch):
     """Some public test splits carry the label -1 throughout."""
     source, classes = labelled_data.labelled_source(toy_config(), "test[:20]")
-    source._labels = np.full(20, -1)
+    source.labels = np.full(20, -1)
     monkeypatch.setattr(labelled_data, "labelled_source", lambda *_: (source, classes))
     with pytest.raises(ValueError, match=r"embedded:test\[:20\].*has no labels"):
         list(labelled_data.centre_crops(toy_config(), "test[:20]"))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from mim_jax import config as configs
-from mim_jax.training.experiment import Experiment, image_shapes
+from mim_jax.training.experiment import Experiment
 from mim_jax.training.flops import count_flops, peak_flops, peak_flops_of
 
 
@@ -49,7 +49,7 @@ def test_vit_base_costs_what_it_should(changes):
     )
     config = configs.load("mae:vit_b16", {"batch_size": 8, **changes})
     experiment = Experiment.without_data(config, jax.devices()[:1])
-    counted = experiment.flops_per_step(image_shapes(experiment.config)) / 8
+    counted = experiment.flops_per_step(experiment.batch_shapes()) / 8
     # All but the gradient of the patches with respect to the image.
     assert counted == pytest.approx(3 * forward - 2 * 49 * 768 * 768, rel=1e-3)
 

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from mim_jax import config as configs
-from mim_jax.training.experiment import Experiment, image_shapes
+from mim_jax.training.experiment import Experiment
 from mim_jax.training.sharding import (
     LARGEST,
     STRATEGIES,
@@ -147,7 +147,7 @@ def test_run_goes_on_with_other_devices_and_strategy(on_one_device, tmp_path):
 def test_fsdp_holds_a_share_of_parameters_and_optimizer_state_per_device():
     config = configs.load("mae:tiny", {"mesh.fsdp": 8, "mesh.data": 1, "sharding.strategy": "fsdp"})
     experiment = Experiment.build(config, examples=4000)
-    state = experiment.abstract_state(image_shapes(experiment.config))
+    state = experiment.abstract_state(experiment.batch_shapes())
     for part in (state.params, state.opt_state):
         leaves = jax.tree.leaves(part)
         whole = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

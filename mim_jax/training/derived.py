@@ -1,0 +1,304 @@
+"""Settings that a config leaves open, derived from the data, the weights and the devices.
+
+A field is open where it has the value in `OPEN`. `mae:adapt` leaves all of them open; any config
+may leave some, and whatever is set on the command line stays.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+
+from mim_jax import config as configs
+from mim_jax.conversion.initial import read_donor
+from mim_jax.data import open_source
+from mim_jax.data.inspection import SourceFacts, inspect_source
+from mim_jax.method import Method, method_class
+from mim_jax.methods.mae import MAE
+
+OPEN: dict[str, Any] = {
+    "data.channels": 0,
+    "data.bits": 0,
+    "data.mean": (),
+    "data.std": (),
+    "data.image_size": (),
+    "model.patch_size": (),
+    "model.position_grid": (),
+    "model.num_classes": 0,
+    "model.labels": "",
+    "model.decoder_width": 0,
+    "model.decoder_depth": 0,
+    "model.decoder_heads": 0,
+    "batch_size": 0,
+    "epochs": 0.0,
+    "schedule.warmup_epochs": -1.0,
+    "optimizer.base_lr": 0.0,
+    "evaluate.protocols": ("auto",),
+    "evaluate.train_split": "",
+    "evaluate.test_split": "",
+}
+"""Fields that can be derived, with the value that leaves them open."""
+
+SIZE_FIELDS = ("model.width", "model.depth", "model.heads")
+"""Open together, where `model.size` is empty and they are 0."""
+
+FEWEST_PATCHES = 7
+"""Along a side: with fewer there is little to mask."""
+
+IMAGES_SEEN = {"cpu": 200_000, "accelerator": 50_000_000}
+"""Images over the whole training, from which the number of epochs follows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Derived:
+    """One setting: the field, its value, and the reason."""
+
+    field: str
+    value: Any
+    reason: str
+
+
+def derive(
+    config: ml_collections.ConfigDict, run: Path, devices: Sequence[jax.Device] | None = None
+) -> tuple[ml_collections.ConfigDict, list[Derived]]:
+    """A copy of a config in which nothing is open, and what was filled in.
+
+    A run that goes on takes what it wrote to its `config.json`, whatever the data are now.
+
+    Args:
+        config: complete, perhaps with open fields.
+        run: folder of the run.
+        devices: that will train; all by default.
+
+    Raises:
+        ValueError: if the data or the weights do not fit what is set.
+        FileNotFoundError: if they are not there.
+    """
+    config = config.copy_and_resolve_references()
+    fields = open_fields(config)
+    if not fields:
+        return config, []
+    before = run / "config.json"
+    if before.is_file():
+        values = configs.leaves(configs.from_json(before.read_text()))
+        return _filled(config, {field: values[field] for field in fields if field in values}), []
+    derivation = _Derivation(config, fields, list(devices or jax.devices()))
+    derivation.run()
+    return derivation.config, derivation.settings
+
+
+def open_fields(config: ml_collections.ConfigDict) -> list[str]:
+    """Fields of a config that `derive` fills in."""
+    values = configs.leaves(config)
+    found = [f for f, value in OPEN.items() if f in values and values[f] == value]
+    if not values["init_from"] and "model.position_grid" in found:
+        found.remove("model.position_grid")  # the model's own grid, as `()` says
+    if not values.get("model.size", "?") and all(values[f] == 0 for f in SIZE_FIELDS):
+        found += SIZE_FIELDS
+    return found
+
+
+def _filled(
+    config: ml_collections.ConfigDict, values: Mapping[str, Any]
+) -> ml_collections.ConfigDict:
+    """The config with values by dotted field; an open tuple takes items of any type."""
+    for field, value in values.items():
+        parent, _, leaf = field.rpartition(".")
+        part = config[parent] if parent else config
+        with part.ignore_type():
+            part[leaf] = tuple(value) if isinstance(value, (tuple, list)) else value
+    return config
+
+
+class _Derivation:
+    """One pass over the open fields, each of which may look at those before it."""
+
+    def __init__(
+        self, config: ml_collections.ConfigDict, fields: list[str], devices: list[jax.Device]
+    ) -> None:
+        self.config = config
+        self.fields = fields
+        self.devices = devices
+        self.on_cpu = devices[0].platform == "cpu"
+        self.settings: list[Derived] = []
+
+    def run(self) -> None:
+        """Fills in everything."""
+        facts = self._facts()
+        self._images(facts)
+        self._labels(facts)
+        self._model()
+        if self.config.init_from:
+            self._weights()
+        self._training(facts)
+
+    def set(self, field: str, value: Any, reason: str) -> None:
+        """Fills one field in, if it is open."""
+        if field in self.fields:
+            _filled(self.config, {field: value})
+            self.settings = [s for s in self.settings if s.field != field]
+            self.settings.append(Derived(field, value, reason))
+
+    def _facts(self) -> SourceFacts:
+        data = self.config.data
+        if not data.source:
+            raise ValueError("this config has no data of its own: give a folder with --data.")
+        source = open_source(data.source, data.split, backend=data.backend)
+        return inspect_source(source, channels=data.channels or None)
+
+    def _images(self, facts: SourceFacts) -> None:
+        looked = f"{facts.sampled} images looked at"
+        self.set("data.channels", facts.channels, f"most of {looked}")
+        self.set("data.bits", facts.bits, f"largest of {looked}")
+        self.set("data.mean", _rounded(facts.mean), looked)
+        # A constant image has no deviation to divide by.
+        self.set("data.std", _rounded(max(std, 1e-3) for std in facts.std), looked)
+        self._size(min(facts.heights[1], facts.widths[1]))
+
+    def _size(self, short: int) -> None:
+        """Patches, and an image size of whole patches, from the median short side in pixels."""
+        reason = f"the median short side is {short} pixels"
+        side = min(224, short)
+        if "model.patch_size" in self.fields:
+            patch = max((p for p in (2, 4, 8, 16) if side // p >= FEWEST_PATCHES), default=2)
+            self.set("model.patch_size", (patch, patch), f"at least {FEWEST_PATCHES} on a side")
+        patch_size = self.config.model.patch_size
+        size = tuple(max(round(side / p), FEWEST_PATCHES) * p for p in patch_size)
+        self.set("data.image_size", size, reason)
+
+    def _labels(self, facts: SourceFacts) -> None:
+        labelled = facts.num_classes is not None
+        if labelled:
+            self.set("model.num_classes", facts.num_classes, "classes of the data")
+            self.set("model.labels", "multi" if facts.multi_label else "single", "of the data")
+        protocols = ("knn", "linear") if labelled and not facts.multi_label else ()
+        reason = "the data have labels" if protocols else "the data have no single labels"
+        self.set("evaluate.protocols", protocols, reason)
+        if "evaluate.test_split" in self.fields:
+            self._test_split()
+
+    def _test_split(self) -> None:
+        """The data's own test images, or else every tenth, which training sees without labels."""
+        source = self.config.data.source
+        for split in ("test", "validation", "val"):
+            try:
+                open_source(source, split)
+            except (ValueError, OSError):
+                continue
+            self.set("evaluate.train_split", "train", "the data have a test split")
+            self.set("evaluate.test_split", split, "the data have it")
+            return
+        self.set("evaluate.train_split", "train[:90%]", "the data have no test split")
+        self.set("evaluate.test_split", "train[90%:]", "training sees them, without their labels")
+
+    def _model(self) -> None:
+        size = (192, 6, 3) if self.on_cpu else (768, 12, 12)
+        reason = "half a ViT-Ti, for a CPU" if self.on_cpu else "ViT-B"
+        for field, value in zip(SIZE_FIELDS, size, strict=True):
+            self.set(field, value, reason)
+        decoder = (96, 2, 3) if self.on_cpu else (512, 8, 16)
+        for part, value in zip(("width", "depth", "heads"), decoder, strict=True):
+            self.set(f"model.decoder_{part}", value, reason)
+
+    def _weights(self) -> None:
+        """What the weights to start from fix: the model's sizes, and the grid of positions."""
+        config, path = self.config, self.config.init_from
+        donor = read_donor(path, self._method(config)).method
+        encoder = donor.encoder
+        if encoder is None:
+            return
+        reason = f"of {path}"
+        blocks = encoder.transformer
+        sizes = (encoder.width, blocks.depth, blocks.heads)
+        for field, value in zip(SIZE_FIELDS, sizes, strict=True):
+            self.set(field, value, reason)
+        if SIZE_FIELDS[0] in self.fields:
+            config.model.mlp_ratio = blocks.mlp_ratio
+        if isinstance(donor, MAE) and "model.decoder_width" in self.fields:
+            decoder = donor.model.decoder
+            sizes = (decoder.width, decoder.transformer.depth, decoder.transformer.heads)
+            for part, value in zip(("width", "depth", "heads"), sizes, strict=True):
+                self.set(f"model.decoder_{part}", value, reason)
+        self._size_of_weights(encoder.image_size, encoder.patch_size, reason)
+        if "model.position_grid" in self.fields:
+            grid = tuple(
+                size // patch
+                for size, patch in zip(config.data.image_size, config.model.patch_size)
+            )
+            if grid != encoder.grid and not encoder.learned_positions:
+                spread = encoder.position_grid or encoder.grid
+                self.set("model.position_grid", spread, f"{reason}, resized to {grid}")
+
+    def _size_of_weights(
+        self, image_size: tuple[int, int], patch_size: tuple[int, int], reason: str
+    ) -> None:
+        """The patches of the weights, and as much of their image size as the data fill."""
+        config = self.config
+        if "model.patch_size" in self.fields:
+            wanted = config.data.image_size
+            self.set("model.patch_size", patch_size, reason)
+            size = tuple(
+                min(whole, max(math.ceil(side / patch), FEWEST_PATCHES) * patch)
+                for whole, side, patch in zip(image_size, wanted, patch_size)
+            )
+            self.set("data.image_size", size, f"at most {image_size} {reason}")
+
+    def _method(self, config: ml_collections.ConfigDict) -> Method:
+        """The method as set so far; what is still open does not shape it."""
+        config = config.copy_and_resolve_references()
+        return method_class(config.method).build(configs.resolve(config, "cpu"))
+
+    def _training(self, facts: SourceFacts) -> None:
+        config = self.config
+        batch = self._batch_size(facts.count)
+        self.set("batch_size", batch, f"{len(self.devices)} x {self.devices[0].device_kind}")
+        seen = IMAGES_SEEN["cpu" if self.on_cpu else "accelerator"]
+        epochs = min(max(seen / facts.count, 1.0), 1600.0)
+        reason = f"{seen:,} images in all, at most 1,600 epochs"
+        self.set("epochs", float(f"{epochs:.3g}"), reason)
+        self.set("schedule.warmup_epochs", min(40.0, config.epochs / 10), "a tenth, at most 40")
+        width = config.model.width or 768
+        narrow = min(max(768 / width, 1.0), 4.0)
+        rate = 1.5e-4 * narrow * math.sqrt(max(4096 / config.batch_size, 1.0))
+        if config.init_from:
+            rate /= 2
+        reason = "1.5e-4 for ViT-B and 4096 images, by the root of the batch and by width"
+        self.set("optimizer.base_lr", float(f"{rate:.3g}"), reason)
+
+    def _batch_size(self, count: int) -> int:
+        """A power of two for each device that memory and the number of images allow."""
+        pieces = len(self.devices)
+        wanted = 64 if self.on_cpu else pieces * 2 ** int(math.log2(self._images_in_memory()))
+        most = max(count // 8, 1)
+        wanted = min(wanted, 4096, 2 ** int(math.log2(most)))
+        return max(wanted // pieces, 1) * pieces
+
+    def _images_in_memory(self) -> float:
+        """How many images of the model one device may hold in training, roughly."""
+        limit = (self.devices[0].memory_stats() or {}).get("bytes_limit", 16e9)
+        model, data = self.config.model, self.config.data
+        tokens = math.prod(s // p for s, p in zip(data.image_size, model.patch_size))
+        width, depth = model.width or 768, model.depth or 12
+        values = 40 * depth * width * tokens  # kept for the backward pass, of two bytes
+        return max((0.6 * limit - 16 * 12 * depth * width**2) / (2 * values), 1.0)
+
+
+def as_text(settings: Sequence[Derived]) -> str:
+    """A line for each setting, as a flag that would set it, with the reason."""
+    flags = [f"--config.{s.field}={_shown(s.value)}" for s in settings]
+    width = max(map(len, flags), default=0)
+    return "\n".join(f"  {f:<{width}}  {s.reason}" for f, s in zip(flags, settings))
+
+
+def _rounded(values: Iterable[float]) -> tuple[float, ...]:
+    return tuple(float(f"{value:.4g}") for value in values)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value) if isinstance(value, str) else str(value)
+    return f'"{text}"' if isinstance(value, tuple) else text
