@@ -1,82 +1,130 @@
-"""An image folder as a source: listed once, decoded on access."""
+"""A folder of anything as a source: listed once, decoded on access.
+
+Every file with one of the suffixes `IMAGE_SUFFIXES`, at any depth, in upper or lower case, is an
+example. What becomes of the kinds that folders are full of:
+
+- grey, colour, palette, CMYK, alpha, 8 or 16 bits, any size, 1 x 4000 too: read, in the channels
+  and bits that are asked for (`mim_jax.data.decode.decode_image`); alpha is dropped, not blended;
+- turned by EXIF: turned upright; animated GIF, WebP or TIFF of many pages: the first frame;
+- bands of a TIFF, arrays in `.npy`: read if their number is the one asked for;
+- an empty, corrupt or truncated file, no image under its suffix, samples without a fixed range
+  (float, signed, 32 bits), a header that promises more pixels than memory holds, a link to
+  nowhere, a file that may not be read: `UnreadableImage`, which names it and says why; the
+  pipeline replaces it, counts it and warns;
+- names in any script and encoding, such as those that differ in nothing but the form of an
+  accent: each is the file that it is;
+- a folder called `x.jpg`: a folder; links to folders: followed, but never in a circle; a folder
+  that may not be listed: left out with a warning;
+- pipes, sockets, other suffixes and names that begin with a dot: passed over.
+"""
 
 import difflib
 import os
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from mim_jax.data.decode import UnreadableImage, check_channels, choose_backend, decode_image
+from mim_jax.data.decode import UnreadableImage, check_bits, check_channels, choose_backend
+from mim_jax.data.folder_index import (
+    IMAGE_SUFFIXES,
+    FolderIndex,
+    index_folder,
+    list_folder,
+    printable,
+)
+from mim_jax.data.folder_labels import FolderLabels, labels_of_sub_folders, labels_of_tables
+from mim_jax.data.records import Record, decoded
+from mim_jax.data.stages import stage
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".tif", ".tiff")
 # Names that a split folder goes by; names on one line mean the same.
 _SPLIT_FOLDERS = (("train", "training"), ("val", "validation", "valid"), ("test", "testing"))
 _WHOLE_FOLDER = ("train", "all")
 
 
 class FolderSource:
-    """Images below a folder, in the order of their paths.
+    """Images below a folder, in the order of `FolderIndex`.
 
     Attributes:
         name: `folder:` and the path.
-        num_classes: number of class folders, None if unlabelled.
+        num_classes: number of classes, None if unlabelled.
         class_names: their names in the order of the labels, None if unlabelled.
-        channels: of the decoded images, 1 or 3.
+        multi_label: whether an image may have several labels.
+        channels: of the decoded images.
+        bits: of their samples, 8 or 16.
     """
 
     def __init__(
         self,
         root: pathlib.Path,
-        paths: list[str],
-        labels: list[int] | None,
-        class_names: tuple[str, ...] | None,
+        index: FolderIndex,
+        labels: FolderLabels | None,
         channels: int,
+        bits: int,
         backend: str,
     ) -> None:
-        self.name = f"folder:{root}"
-        self.num_classes = None if class_names is None else len(class_names)
-        self.class_names = class_names
+        self.name = f"folder:{printable(str(root))}"
+        self.num_classes = None if labels is None else len(labels.class_names)
+        self.class_names = None if labels is None else labels.class_names
+        self.multi_label = labels is not None and labels.ends is not None
         self.channels = channels
+        self.bits = bits
         self._root = str(root)
+        self._index = index
+        self._labels = labels
         self._backend = backend
-        self._labels = None if labels is None else np.asarray(labels, np.int32)
-        # One buffer, not a million strings: it is small to send to a worker process.
-        encoded = [os.fsencode(path) for path in paths]
-        self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
-        self._path_bytes = b"".join(encoded)
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return `image` uint8 `[height, width, channels]` and, if labelled, `label`.
+        """Return `image` `[height, width, channels]` and, if labelled, `label`.
+
+        The image is uint8 or uint16, as `bits` says; the label an int, or if `multi_label` a uint8
+        vector `[num_classes]` of 0 and 1.
 
         Raises:
             UnreadableImage: the file cannot be read or decoded; names it.
         """
+        record = self.record(index)
+        place = printable(self.path(index))
+        with stage("decode"):
+            return decoded(record, place, self.num_classes, self.channels, self.bits, self._backend)
+
+    def record(self, index: int) -> Record:
+        """Return the example with the bytes of its file, see `mim_jax.data.records`.
+
+        Raises:
+            UnreadableImage: the file cannot be read; names it.
+        """
         path = self.path(index)
         try:
-            data = pathlib.Path(path).read_bytes()
-            element: dict[str, Any] = {"image": decode_image(data, self.channels, self._backend)}
+            with stage("read"):
+                data = pathlib.Path(path).read_bytes()
         except OSError as error:
-            raise UnreadableImage(f"{path}: {error.strerror or error}") from error
-        except UnreadableImage as error:
-            raise UnreadableImage(f"{path}: {error}") from error
+            raise UnreadableImage(f"{printable(path)}: {error.strerror or error}") from error
+        record: Record = {"image": data, "name": printable(self._index.path(index))}
         if self._labels is not None:
-            element["label"] = int(self._labels[index])
-        return element
+            record["label"] = self._labels[index]
+        return record
 
     def path(self, index: int) -> str:
         """Return the path of one image file."""
-        start = int(self._ends[index - 1]) if index else 0
-        relative = os.fsdecode(self._path_bytes[start : int(self._ends[index])])
-        return os.path.join(self._root, relative)
+        return os.path.join(self._root, self._index.path(index))
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """The labels of all images: int32 `[n]`, or uint8 `[n, num_classes]` if `multi_label`."""
+        return None if self._labels is None else self._labels.as_array()
 
 
 def open_folder(
-    path: str, split: str, *, channels: int | None = None, backend: str = "auto"
+    path: str,
+    split: str,
+    *,
+    channels: int | None = None,
+    bits: int = 8,
+    backend: str = "auto",
 ) -> FolderSource:
     """Return the images of one split of a folder.
 
@@ -85,21 +133,24 @@ def open_folder(
     none, the whole folder is the split `train` (or `all`); hold out a part with a slice such as
     `train[:90%]` and `train[90%:]`.
 
-    The labels: if no image lies directly in the folder and its images lie in sub-folders, each
-    sub-folder is a class, labelled by its place in the sorted names; the names of all split
-    folders are put together, so that a label means the same in each. Otherwise it is unlabelled.
-    Images are found at any depth. Links to folders are followed, but never in a circle; names
-    that start with a dot are passed over.
+    The labels: a table `labels.csv` in the folder of the split, or beside the split folders, with
+    the header `file,label` and a row for each image: its path relative to the table, and the name
+    of its class, or several separated by ";", or none. If any row has not exactly one, the source
+    is multi-label. Without a table, if no image lies directly in the folder, each sub-folder is a
+    class; the names of all split folders are put together, so that a label means the same in each.
+    Otherwise the images are unlabelled. Labels count in the sorted names of the classes.
 
     Args:
         path: the folder.
         split: a split name without slice.
-        channels: 1 or 3; None for 3.
+        channels: 1 or more, see `mim_jax.data.decode.decode_image`; None for 3.
+        bits: 8 for uint8 images, 16 for uint16.
         backend: `opencv`, `pillow` or `auto`.
 
     Raises:
         FileNotFoundError: no such folder, no such split, or no image in it.
         NotADirectoryError: the path is a file.
+        ValueError: a label table that does not fit the files.
     """
     root = pathlib.Path(path).expanduser()
     if not root.exists():
@@ -108,13 +159,14 @@ def open_folder(
         raise NotADirectoryError(f"{path!r} is a file; give the folder that holds the images")
     channels = 3 if channels is None else channels
     check_channels(channels)
+    check_bits(bits)
     split_folders = _split_folders(root)
     folder = _folder_of_split(root, split, split_folders)
-    paths = sorted(_image_paths(folder))
-    if not paths:
+    index = index_folder(folder)
+    if not len(index):
         raise FileNotFoundError(_no_images_message(folder))
-    labels, class_names = _labels(folder, paths, split_folders)
-    return FolderSource(folder, paths, labels, class_names, channels, choose_backend(backend))
+    labels = _labels(folder, index, list(split_folders.values()))
+    return FolderSource(folder, index, labels, channels, bits, choose_backend(backend))
 
 
 def _split_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -146,55 +198,25 @@ def _folder_of_split(
     )
 
 
-def _image_paths(folder: pathlib.Path) -> Iterator[str]:
-    """Yield the paths of all images below `folder`, relative to it, in no fixed order."""
-    # With each folder goes the chain of folders it was reached through: meeting one of them
-    # again means that a link points upwards.
-    pending: list[tuple[str, str, tuple[tuple[int, int], ...]]] = [(str(folder), "", ())]
-    while pending:
-        absolute, relative, chain = pending.pop()
-        status = os.stat(absolute)
-        identity = (status.st_dev, status.st_ino)
-        if identity in chain:
-            continue
-        with os.scandir(absolute) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                below = os.path.join(relative, entry.name)
-                if entry.is_dir():
-                    pending.append((entry.path, below, (*chain, identity)))
-                elif entry.name.lower().endswith(IMAGE_SUFFIXES):
-                    yield below
-
-
 def _labels(
-    folder: pathlib.Path, paths: list[str], split_folders: dict[str, pathlib.Path]
-) -> tuple[list[int] | None, tuple[str, ...] | None]:
-    """Return the label of each path and the class names, or None and None if unlabelled."""
-    if not all(os.sep in path for path in paths):
-        return None, None
+    folder: pathlib.Path, index: FolderIndex, split_folders: list[pathlib.Path]
+) -> FolderLabels | None:
+    labels = labels_of_tables(index, folder, split_folders)
+    if labels is not None:
+        return labels
+    if index.first[1]:  # images lie directly in the folder
+        return None
     names = set(_class_folders(folder))
-    if folder in split_folders.values():
-        for other in split_folders.values():
+    if folder in split_folders:
+        for other in split_folders:
             names.update(_class_folders(other))
-    class_names = tuple(sorted(names))
-    label_of = {name: label for label, name in enumerate(class_names)}
-    return [label_of[path.split(os.sep, 1)[0]] for path in paths], class_names
+    return labels_of_sub_folders(index, tuple(sorted(names)))
 
 
 def _class_folders(folder: pathlib.Path) -> list[str]:
     """Return the names of the sub-folders, none if an image lies directly in `folder`."""
-    names = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                names.append(entry.name)
-            elif entry.name.lower().endswith(IMAGE_SUFFIXES):
-                return []
-    return names
+    files, folders, _ = list_folder(os.fsencode(folder))
+    return [] if files else [os.fsdecode(name) for name in folders]
 
 
 def _no_images_message(folder: pathlib.Path) -> str:

@@ -21,6 +21,7 @@ from mim_jax.data.order import (
     steps_per_epoch,
 )
 from mim_jax.data.sources import Source
+from mim_jax.data.stages import STAGES, start_clock
 
 __all__ = ["batch_indices", "evaluation_batches", "steps_per_epoch", "train_batches"]
 
@@ -33,6 +34,7 @@ MAX_REPLACEMENTS = 100
 _MAX_WARNINGS = 1000
 _ENDLESS = 2**48
 _MAX_DEFAULT_THREADS = 8
+_LOAD, _AUGMENT, _OTHER = map(STAGES.index, ("load", "augment", "other"))
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ def train_batches(
     workers: int = 0,
     threads: int | None = None,
     prefetch: int | None = None,
+    timed: bool = False,
 ) -> Batches:
     """Return the training batches of this process, from `start_step` on.
 
@@ -83,6 +86,7 @@ def train_batches(
             up to 8, or 1 with worker processes.
         prefetch: finished batches kept ready, in each worker process; None for `threads`, and at
             least 2. Each takes `local_batch * height * width * channels` bytes.
+        timed: add the time that each batch took to make.
 
     Returns:
         A generator of dictionaries; call its `close()` to stop the threads and worker processes
@@ -92,6 +96,8 @@ def train_batches(
             index: int64 `[local_batch]`, the index of the row in the source (for an unreadable
                 example still its own, not that of its replacement).
             unreadable: bool `[local_batch]`, True where a replacement stands.
+            seconds: float64 `[stages]`, only if `timed`: how long the thread that made the batch
+                was in each of `mim_jax.data.stages.STAGES`.
 
     Raises:
         ValueError: a batch size below 1, above the number of examples, or not divisible by
@@ -106,7 +112,7 @@ def train_batches(
         )
     rows = _local_rows(batch_size, process_index, process_count)
     make_batch = functools.partial(
-        _TrainRows(source, transform, batch_size, seed), first=rows.start, stop=rows.stop
+        _TrainRows(source, transform, batch_size, seed, timed), first=rows.start, stop=rows.stop
     )
     stop_step = _ENDLESS if num_steps is None else start_step + num_steps
     steps = range(start_step, stop_step)
@@ -171,10 +177,12 @@ class _TrainRows:
     transform: Callable[[np.ndarray, np.random.Generator], np.ndarray]
     batch_size: int
     seed: int
+    timed: bool = False
     warned: set[int] = dataclasses.field(default_factory=set)
 
     def __call__(self, step: int, first: int, stop: int) -> Batch:
         """Return rows `first` to `stop` of the global batch of a step."""
+        clock = start_clock()
         epoch, positions = epoch_and_positions(len(self.source), self.batch_size, step)
         positions = positions[first:stop]
         indices = permuted_indices(positions, len(self.source), self.seed, epoch)
@@ -183,10 +191,14 @@ class _TrainRows:
         for row, (index, position) in enumerate(
             zip(indices.tolist(), positions.tolist(), strict=True)
         ):
+            clock.go_on_with(_LOAD)
             element, unreadable = readable_element(self.source, index, self.warned)
+            clock.go_on_with(_AUGMENT)
             image = self.transform(element["image"], generators.at(epoch, position))
             batch.put(row, index, image, element.get("label"), unreadable)
-        return batch.arrays()
+        clock.go_on_with(_OTHER)
+        arrays = batch.arrays()
+        return {**arrays, "seconds": clock.total()} if self.timed else arrays
 
 
 @dataclasses.dataclass
@@ -229,15 +241,28 @@ class _BatchBuffer:
         self._unreadable = np.zeros(size, bool)
 
     def put(
-        self, row: int, index: int, image: np.ndarray, label: int | None, unreadable: bool
+        self,
+        row: int,
+        index: int,
+        image: np.ndarray,
+        label: int | np.ndarray | None,
+        unreadable: bool,
     ) -> None:
         if self._images is None:
             self._images = np.zeros((self._size, *image.shape), image.dtype)
-            self._labels = None if label is None else np.full(self._size, -1, np.int32)
+            if label is not None:
+                # Of several labels an example has 0 or 1 for each class; -1 marks an empty row.
+                kind = np.int8 if np.ndim(label) else np.int32
+                self._labels = np.full((self._size, *np.shape(label)), -1, kind)
         if image.shape != self._images.shape[1:]:
             raise ValueError(
                 f"example {index} has shape {image.shape} after the transform, but the others of "
                 f"its batch have {self._images.shape[1:]}; the transform must give one shape"
+            )
+        if image.dtype != self._images.dtype:
+            raise ValueError(
+                f"example {index} is {image.dtype}, but the others of its batch are "
+                f"{self._images.dtype}; open all sources with the same bits"
             )
         self._images[row] = image
         if self._labels is not None:
@@ -321,7 +346,7 @@ def _read(
     if workers < 0:
         raise ValueError(f"workers must not be negative, got {workers}")
     if threads is None:
-        threads = 1 if workers else min(os.cpu_count() or 1, _MAX_DEFAULT_THREADS)
+        threads = reading_threads(workers)
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     if prefetch is None:
@@ -340,6 +365,11 @@ def _read(
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
         reading = reading.mp_prefetch(options, worker_init_fn=_prepare_worker)
     return iter(reading)
+
+
+def reading_threads(workers: int) -> int:
+    """Return how many threads make batches, in each worker process if there are any."""
+    return 1 if workers else min(os.cpu_count() or 1, _MAX_DEFAULT_THREADS)
 
 
 def _prepare_worker(worker_index: int, worker_count: int) -> None:

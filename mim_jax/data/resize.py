@@ -1,4 +1,4 @@
-"""Resizing of uint8 images by OpenCV or Pillow, never with aliasing.
+"""Resizing of uint8 and uint16 images by OpenCV or Pillow, never with aliasing.
 
 The two differ. Pillow widens its kernel when it shrinks (antialiasing) and its cubic has
 a = -0.5; it is what torchvision does to a PIL image, so `pillow` reproduces published pipelines
@@ -7,6 +7,8 @@ when it shrinks. With `opencv`, an axis that shrinks by more than `AREA_ABOVE` i
 averaged over areas (INTER_AREA); the other axes, up to any enlargement, use the asked kernel. At
 that factor both ways are equally far from Pillow's result on photographs (mean difference about 1
 of 255); below it the kernel is nearer, above it the area average. OpenCV is several times faster.
+
+Any number of channels is resized, each by itself: the result does not depend on the others.
 """
 
 import functools
@@ -18,6 +20,8 @@ from mim_jax.data.decode import choose_backend
 
 INTERPOLATIONS = ("bicubic", "bilinear", "lanczos")
 AREA_ABOVE = 1.1
+# Some of OpenCV's kernels refuse more.
+_OPENCV_CHANNELS = 4
 
 
 def resized(
@@ -26,19 +30,25 @@ def resized(
     """Return `image` resized; the image itself where it has that size already.
 
     Args:
-        image: uint8 `[height, width, channels]`, 1 or 3 channels.
+        image: uint8 or uint16 `[height, width, channels]`.
         size: height and width of the result in pixels.
         interpolation: `bicubic`, `bilinear` or `lanczos`.
         backend: `opencv`, `pillow` or `auto`.
 
     Returns:
-        uint8 `[size[0], size[1], channels]`.
+        `[size[0], size[1], channels]` of the same type.
     """
     if image.shape[:2] == tuple(size):
         return image
-    if _backend(backend) == "opencv":
+    if _backend(backend) == "pillow":
+        return _resized_by_pillow(image, size, interpolation)
+    if image.shape[2] <= _OPENCV_CHANNELS:
         return _resized_by_opencv(image, size, interpolation)
-    return _resized_by_pillow(image, size, interpolation)
+    parts = [
+        np.ascontiguousarray(image[..., first : first + _OPENCV_CHANNELS])
+        for first in range(0, image.shape[2], _OPENCV_CHANNELS)
+    ]
+    return np.concatenate([_resized_by_opencv(x, size, interpolation) for x in parts], axis=-1)
 
 
 @functools.cache
@@ -77,7 +87,23 @@ def _resized_by_pillow(image: np.ndarray, size: tuple[int, int], interpolation: 
         "bilinear": Image.Resampling.BILINEAR,
         "lanczos": Image.Resampling.LANCZOS,
     }[interpolation]
-    grey = image.shape[2] == 1
-    pixels = Image.fromarray(np.ascontiguousarray(image[..., 0] if grey else image))
-    result = np.asarray(pixels.resize((size[1], size[0]), kernel))
-    return result[..., None] if grey else result
+
+    def resize(samples: np.ndarray, height: int, width: int) -> np.ndarray:
+        pixels = Image.fromarray(np.ascontiguousarray(samples))
+        return np.asarray(pixels.resize((width, height), kernel))
+
+    height, width = size
+    if image.shape[2] == 3 and image.dtype == np.uint8:
+        return resize(image, height, width)
+    by_channel = np.moveaxis(image, -1, 0)
+    if image.dtype == np.uint8:
+        return np.stack([resize(samples, height, width) for samples in by_channel], axis=-1)
+    # Not every version of Pillow resizes 16-bit samples, so they are floats here. Pillow resizes
+    # along rows, then along columns; where the kernel overshoots, it clips bytes after each, and
+    # floats never.
+    white = np.iinfo(image.dtype).max
+    result = np.empty((height, width, image.shape[2]), image.dtype)
+    for channel, samples in enumerate(by_channel):
+        rows = resize(samples.astype(np.float32), image.shape[0], width).clip(0, white)
+        result[..., channel] = np.rint(resize(rows, height, width).clip(0, white))
+    return result

@@ -15,7 +15,7 @@ ORIENTATION_TAG = 0x0112  # of TIFF and EXIF
 # Values of TIFF tags.
 TIFF_GREY, TIFF_RGB = (0, 1), 2  # PhotometricInterpretation
 _INTERLEAVED = 1  # PlanarConfiguration
-_ALPHA = (1, 2)  # ExtraSamples: associated, unassociated
+_ALPHA = {1, 2}  # ExtraSamples: associated, unassociated
 
 
 class UnreadableImage(ValueError):
@@ -98,7 +98,7 @@ def has_alpha(page: Any) -> bool:
     """Return whether the last sample of a TIFF page is alpha: the fourth of RGB in any case."""
     if page.photometric == TIFF_RGB:
         return page.samplesperpixel == 4
-    return page.samplesperpixel == 2 and page.extrasamples[0] in _ALPHA
+    return page.samplesperpixel == 2 and not _ALPHA.isdisjoint(page.extrasamples)
 
 
 def read_tiff_page(page: Any) -> np.ndarray:
@@ -115,8 +115,8 @@ def read_tiff_page(page: Any) -> np.ndarray:
     with broken_is_unreadable():
         try:
             values = page.asarray(maxworkers=1)
-        except ValueError as error:
-            if "imagecodecs" not in str(error):
+        except (ImportError, NotImplementedError, ValueError) as error:
+            if isinstance(error, ValueError) and "imagecodecs" not in str(error):
                 raise
             raise MissingDecoder(
                 f"its compression ({page.compression.name}) needs 'pip install imagecodecs'"

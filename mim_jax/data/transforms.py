@@ -1,4 +1,4 @@
-"""Crops of one uint8 image on the host: random for training, centred for evaluation.
+"""Crops of one image on the host: random for training, centred for evaluation.
 
 Both are small frozen dataclasses, so they can be sent to worker processes and compared. Flipping
 and normalization are not here: they are done on the device, inside the train step.
@@ -14,6 +14,9 @@ from mim_jax.data.resize import INTERPOLATIONS, resized
 
 Size = tuple[int, int]
 Box = tuple[int, int, int, int]  # top, left, height, width
+
+# Of an image that is relatively longer than this many crops in a row, the ends are left out.
+_LONGEST = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +61,11 @@ class RandomResizedCrop:
         """Return a random crop of `image`.
 
         Args:
-            image: uint8 `[height, width, channels]`.
+            image: uint8 or uint16 `[height, width, channels]`.
             rng: gives all the randomness of this crop.
 
         Returns:
-            uint8 `[size[0], size[1], channels]`.
+            `[size[0], size[1], channels]` of the same type.
         """
         top, left, height, width = self.box(image.shape[0], image.shape[1], rng)
         crop = image[top : top + height, left : left + width]
@@ -134,13 +137,14 @@ class EvaluationCrop:
         """Return the centre of `image`.
 
         Args:
-            image: uint8 `[height, width, channels]`.
+            image: uint8 or uint16 `[height, width, channels]`.
             rng: not used; accepted so that training can use this crop too.
 
         Returns:
-            uint8 `[size[0], size[1], channels]`.
+            `[size[0], size[1], channels]` of the same type.
         """
         del rng
+        image = _without_far_ends(image, self.size)
         whole = self.resized_size(image.shape[0], image.shape[1])
         # Python's round halves to even, as torchvision's center_crop does.
         top = round((whole[0] - self.size[0]) / 2)
@@ -157,6 +161,19 @@ class EvaluationCrop:
         if rows * width >= columns * height:  # the rows need the larger factor
             return rows, rows * width // height
         return columns * height // width, columns
+
+
+def _without_far_ends(image: np.ndarray, size: Size) -> np.ndarray:
+    """Return the middle of an image that is very much longer than the crop.
+
+    Only its middle is in the crop, but all of it would be resized: 1 x 4,000 pixels to 256 x
+    1,024,000 for a crop of 224 x 224.
+    """
+    height, width = image.shape[:2]
+    rows = max(1, _LONGEST * width * size[0] // size[1])
+    columns = max(1, _LONGEST * height * size[1] // size[0])
+    top, left = max(0, height - rows) // 2, max(0, width - columns) // 2
+    return image[top : top + rows, left : left + columns]
 
 
 def _check_size(size: Size) -> None:

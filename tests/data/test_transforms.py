@@ -1,5 +1,6 @@
 import math
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 
 from mim_jax.data.resize import resized
 from mim_jax.data.transforms import EvaluationCrop, RandomResizedCrop
-from tests.data.images import smooth_image
+from tests.data.images import random_samples, smooth_image
 
 BACKENDS = ["opencv", "pillow"]
 
@@ -132,30 +133,85 @@ def test_evaluation_crop_of_any_size_is_covered_by_the_image(
     assert height == int(size[0] / 0.875) or width == int(size[1] / 0.875)
 
 
+@pytest.mark.parametrize("shape", [(1, 4000), (4000, 1)])
+def test_line_of_pixels_is_cropped_without_growing_to_a_gigabyte(shape: tuple[int, int]) -> None:
+    image = np.arange(4000, dtype=np.uint16).reshape(*shape, 1) * 16
+    for crop in (EvaluationCrop((224, 224)), RandomResizedCrop((224, 224))):
+        tracemalloc.start()
+        result = crop(image, np.random.default_rng(0))
+        assert tracemalloc.get_traced_memory()[1] < 2e7
+        tracemalloc.stop()
+        assert result.shape == (224, 224, 1)
+        # The middle of the line, where each pixel has become 256 rows or columns.
+        assert np.abs(result.astype(int) - 16 * 2000).max() <= 32
+
+
+def test_ends_left_out_do_not_change_the_crop() -> None:
+    image = smooth_image(20, 20 * 64)
+    crop = EvaluationCrop((40, 40), backend="pillow")
+    middle = slice(20 * 32 - 20 * 4, 20 * 32 + 20 * 4)
+    np.testing.assert_array_equal(crop(image), crop(image[:, middle]))
+
+
 def test_image_of_the_right_size_passes_unchanged_with_ratio_one() -> None:
     image = smooth_image(28, 28)[..., :1]
     np.testing.assert_array_equal(EvaluationCrop((28, 28), crop_ratio=1.0)(image), image)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 13])
 @pytest.mark.parametrize("shape", [(28, 28), (100, 40), (32, 300)])
-def test_channels_are_kept(backend: str, channels: int, shape: tuple[int, int]) -> None:
-    image = smooth_image(*shape)[..., :channels]
+def test_channels_and_type_are_kept(
+    backend: str, dtype: type, channels: int, shape: tuple[int, int]
+) -> None:
+    image = random_samples(*shape, channels, dtype)
     random = RandomResizedCrop((32, 24), backend=backend)(image, np.random.default_rng(0))
     centre = EvaluationCrop((32, 24), backend=backend)(image)
     assert random.shape == centre.shape == (32, 24, channels)
-    assert random.dtype == centre.dtype == np.uint8
+    assert random.dtype == centre.dtype == dtype
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos"])
+@pytest.mark.parametrize("size", [(20, 30), (90, 100), (20, 100), (57, 68)])
+def test_each_channel_is_resized_by_itself(
+    backend: str, dtype: type, interpolation: str, size: tuple[int, int]
+) -> None:
+    image = random_samples(60, 70, 7, dtype)
+    together = resized(image, size, interpolation, backend)
+    for channel in range(7):
+        alone = resized(image[..., channel : channel + 1], size, interpolation, backend)
+        # OpenCV rounds in another order, by how many channels it works on at once.
+        difference = np.abs(together[..., channel].astype(int) - alone[..., 0]).max()
+        assert difference <= (1 if backend == "opencv" else 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos"])
+@pytest.mark.parametrize("size", [(20, 30), (90, 100), (57, 68)])
+def test_sixteen_bits_are_resized_as_eight_but_finer(
+    backend: str, interpolation: str, size: tuple[int, int]
+) -> None:
+    """The steps in the image make the kernels overshoot at black and white."""
+    eight = np.repeat(np.repeat(random_samples(6, 7, 5) // 128 * 255, 10, 0), 10, 1)
+    sixteen = resized(eight.astype(np.uint16) * 257, size, interpolation, backend)
+    difference = sixteen / 257 - resized(eight, size, interpolation, backend)
+    assert np.abs(difference).max() <= 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos"])
 @pytest.mark.parametrize("size", [(10, 10), (10, 200), (200, 10), (95, 105)])
-def test_shrinking_does_not_alias(backend: str, interpolation: str, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("channels", "white"), [(1, 254), (5, 254), (5, 254 * 257)])
+def test_shrinking_does_not_alias(
+    backend: str, interpolation: str, size: tuple[int, int], channels: int, white: int
+) -> None:
     """Single-pixel stripes, shrunk across, become even grey and keep their mean."""
-    stripes = np.zeros((100, 100, 1), np.uint8)
-    stripes[:, ::2] = 254
-    result = resized(stripes, size, interpolation, backend).astype(float)
+    stripes = np.zeros((100, 100, channels), np.uint8 if white < 256 else np.uint16)
+    stripes[:, ::2] = white
+    result = resized(stripes, size, interpolation, backend) * (254 / white)
     assert abs(result.mean() - 127) < 3
     if size[1] == 10:
         assert result[:, 1:-1].std() < 8
