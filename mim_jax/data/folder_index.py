@@ -8,7 +8,6 @@ lists is safe at any time.
 """
 
 import dataclasses
-import hashlib
 import logging
 import os
 import pathlib
@@ -18,11 +17,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from mim_jax.data.index_cache import CACHE_VARIABLE, index_file
+
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp", ".ppm",
     ".pgm", ".jp2", ".npy",
 )  # fmt: skip
-CACHE_VARIABLE = "MIM_JAX_INDEX_CACHE"
 
 _SUFFIXES = tuple(suffix.encode() for suffix in IMAGE_SUFFIXES)
 _FORMAT = b"1"
@@ -99,7 +99,7 @@ def index_folder(root: pathlib.Path) -> FolderIndex:
     Raises:
         OSError: the folder itself cannot be listed.
     """
-    cache = _cache_file(root)
+    cache = index_file("", os.path.realpath(root))
     known = {} if cache is None else _read_listings(cache, root)
     listings = _listings(os.fsencode(root), known)
     names = PackedNames(b"".join(listing.files for listing in listings.values()))
@@ -193,16 +193,6 @@ def _is_folder(entry: os.DirEntry[bytes]) -> bool:
         return entry.is_dir()
     except OSError:  # such as a link to itself
         return False
-
-
-def _cache_file(root: pathlib.Path) -> pathlib.Path | None:
-    """Return where the listings of a folder are kept, None for nowhere."""
-    folder = os.environ.get(CACHE_VARIABLE)
-    if folder is None:
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        folder = os.path.join(home, "mim_jax", "index")
-    name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:32]
-    return pathlib.Path(folder, f"{name}.npz") if folder else None
 
 
 def _read_listings(cache: pathlib.Path, root: pathlib.Path) -> dict[bytes, _Listing]:

@@ -108,7 +108,7 @@ def inspect_source(
     return SourceFacts(
         name=source.name,
         count=len(source),
-        sampled=len(looks),
+        sampled=len(moments),
         num_classes=source.num_classes,
         class_names=source.class_names,
         multi_label=bool(getattr(source, "multi_label", False)),

@@ -10,7 +10,6 @@ Reference: https://github.com/webdataset/webdataset
 
 import dataclasses
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -24,7 +23,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mim_jax.data.decode import UnreadableImage, check_channels, choose_backend
-from mim_jax.data.folder_index import CACHE_VARIABLE, IMAGE_SUFFIXES
+from mim_jax.data.folder_index import IMAGE_SUFFIXES
+from mim_jax.data.index_cache import CACHE_VARIABLE, index_file
 from mim_jax.data.records import Record, decoded
 from mim_jax.data.shards import shard_paths
 from mim_jax.data.stages import stage
@@ -247,7 +247,8 @@ def _opened(path: str) -> BinaryIO:
 
 def _cached_index(path: str) -> TarIndex:
     """Return the index of one shard, from the cache where it is known."""
-    cache = _cache_file(path)
+    status = os.stat(path)
+    cache = index_file("tar-", path, status.st_size, status.st_mtime_ns, _INDEX_VERSION)
     known = None if cache is None else _read_cache(cache)
     if known is not None:
         return known
@@ -255,18 +256,6 @@ def _cached_index(path: str) -> TarIndex:
     if cache is not None:
         _write_cache(cache, index, path)
     return index
-
-
-def _cache_file(path: str) -> pathlib.Path | None:
-    """Return where the index of a shard is kept, None for nowhere."""
-    folder = os.environ.get(CACHE_VARIABLE)
-    if folder is None:
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        folder = os.path.join(home, "mim_jax", "index")
-    status = os.stat(path)
-    identity = f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0{_INDEX_VERSION}"
-    key = hashlib.sha256(os.fsencode(identity)).hexdigest()[:32]
-    return pathlib.Path(folder, f"tar-{key}.npz") if folder else None
 
 
 def _read_cache(cache: pathlib.Path) -> TarIndex | None:
