@@ -11,13 +11,12 @@ import dataclasses
 import logging
 import os
 import pathlib
-import tempfile
 import time
 from collections.abc import Iterator
 
 import numpy as np
 
-from mim_jax.data.index_cache import CACHE_VARIABLE, index_file
+from mim_jax.data.index_cache import index_file, keep_index
 
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp", ".ppm",
@@ -110,7 +109,15 @@ def index_folder(root: pathlib.Path) -> FolderIndex:
     is_new = len(known) != len(listings) or any(known.get(f) is not x for f, x in listings.items())
     if cache is not None and is_new and len(names) + len(folders) >= _FEWEST_KEPT:
         times = np.array([listing.times for listing in listings.values()], np.int64)
-        _write_listings(cache, root, index, times)
+        keep_index(
+            cache,
+            root,
+            header=np.frombuffer(_header(root), np.uint8),
+            folders=np.frombuffer(folders.terminated, np.uint8),
+            names=np.frombuffer(names.terminated, np.uint8),
+            first=first,
+            times=times,
+        )
     return index
 
 
@@ -223,30 +230,6 @@ def _unpacked_listings(
             parent, name = os.path.split(folder)
             listings[parent].folders.append(name)
     return listings
-
-
-def _write_listings(
-    cache: pathlib.Path, root: pathlib.Path, index: FolderIndex, times: np.ndarray
-) -> None:
-    """Keep the listings of a folder; several processes may do so at once."""
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache.parent) as unfinished:
-            np.savez(
-                os.path.join(unfinished, cache.name),
-                header=np.frombuffer(_header(root), np.uint8),
-                folders=np.frombuffer(index.folders.terminated, np.uint8),
-                names=np.frombuffer(index.names.terminated, np.uint8),
-                first=index.first,
-                times=times,
-            )
-            os.replace(os.path.join(unfinished, cache.name), cache)
-    except OSError as error:
-        _log.warning(
-            "the list of files in %s cannot be kept in %s (%s), so it is made anew each time; set "
-            "%s to a folder that can be written, or to an empty text",
-            root, cache.parent, error.strerror, CACHE_VARIABLE,
-        )  # fmt: skip
 
 
 def _header(root: pathlib.Path) -> bytes:

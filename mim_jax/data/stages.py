@@ -1,8 +1,8 @@
 """Where the time of making a batch goes: reading, decoding, augmenting.
 
 Sources and transforms mark what they do by `with stage("read"): ...`. Every thread has a clock of
-its own, so a mark takes no lock, and less than a microsecond. It tells the time on the wall: waiting
-for a disk counts, and so does waiting for Python's lock.
+its own, so a mark takes no lock, and less than a microsecond. Waiting counts as well, for a disk or
+for Python's lock.
 """
 
 import threading

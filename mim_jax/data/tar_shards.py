@@ -15,7 +15,6 @@ import logging
 import os
 import pathlib
 import tarfile
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
@@ -24,7 +23,7 @@ import numpy as np
 
 from mim_jax.data.decode import UnreadableImage, check_channels, choose_backend
 from mim_jax.data.folder_index import IMAGE_SUFFIXES
-from mim_jax.data.index_cache import CACHE_VARIABLE, index_file
+from mim_jax.data.index_cache import index_file, keep_index
 from mim_jax.data.records import Record, decoded
 from mim_jax.data.shards import shard_paths
 from mim_jax.data.stages import stage
@@ -254,7 +253,7 @@ def _cached_index(path: str) -> TarIndex:
         return known
     index = read_index(path)
     if cache is not None:
-        _write_cache(cache, index, path)
+        keep_index(cache, path, **dataclasses.asdict(index))
     return index
 
 
@@ -271,21 +270,6 @@ def _read_cache(cache: pathlib.Path) -> TarIndex | None:
             )
     except Exception:  # not there, or broken, which raises nearly anything
         return None
-
-
-def _write_cache(cache: pathlib.Path, index: TarIndex, path: str) -> None:
-    """Keep an index; several processes may do so at once."""
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cache.parent, suffix=".part", delete=False) as file:
-            np.savez(file, **dataclasses.asdict(index))
-        pathlib.Path(file.name).replace(cache)
-    except OSError as error:
-        _log.warning(
-            "the index of %s cannot be kept in %s (%s), so it is made anew each time; set %s to a "
-            "folder that can be written, or to an empty text",
-            path, cache.parent, error.strerror, CACHE_VARIABLE,
-        )  # fmt: skip
 
 
 def read_index(path: str) -> TarIndex:
