@@ -3,7 +3,9 @@
 Each verb is a thin call into a library function that a notebook can call as well.
 """
 
+import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,9 +24,14 @@ mim-jax: masked image modelling in JAX and Flax
 
   mim-jax train    --config mae:tiny [--workdir DIR]   train, or go on where a run stopped
   mim-jax evaluate --run DIR --protocol knn,linear     score the features of a run
+  mim-jax replay   --run DIR --step 1200               what happened in one step of a run
+  mim-jax verify   --config mae:tiny                   does it train here as it should?
   mim-jax inspect  --config mae:vit_l16                parameters, sharding, bytes, FLOPs
   mim-jax convert  --run DIR --output mae.pth          official checkpoint from a run
-  mim-jax convert  --config mae:vit_b16 --input mae.pth --output DIR   and back
+  mim-jax convert  --run DIR --output DIR2 --format hf-mae   for transformers; timm, hf-vit, ...
+  mim-jax convert  --config mae:vit_b16 --input mae.pth --output DIR   and back, from any of them
+  mim-jax data inspect --source folder:images          counts, sizes, channels, mean, a picture
+  mim-jax data convert --source folder:images --output DIR   to shards for fast reading
 
 Any field of the config is a flag: --config.batch_size=64 --config.data.source=folder:images
 `mim-jax VERB --help` lists the flags of a verb. MIM_JAX_TRACEBACK=1 shows the trace of an error.
@@ -96,16 +103,23 @@ def _train(arguments: list[str]) -> int:
     )
     flags.DEFINE_integer("num_processes", None, "With --coordinator.", flag_values=values)
     flags.DEFINE_integer("process_id", None, "With --coordinator.", flag_values=values)
+    flags.DEFINE_string(
+        "data", None, "Data to train on: short for --config.data.source.", flag_values=values
+    )
     config = _parse(values, "train", arguments)
     assert config is not None
     if values.init_from:
         config.init_from = values.init_from
+    if values.data:
+        config.data.source = values.data
     folder = Path(values.workdir or _default_workdir(values.config_name))
     _start_jax()
     if values.distributed or values.coordinator:
         import jax
 
         jax.distributed.initialize(values.coordinator, values.num_processes, values.process_id)
+        # JAX would only take note of SIGTERM; until the loop listens, it shall end the process.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     from mim_jax.training.interruption import EXIT_INTERRUPTED, Interrupted
     from mim_jax.training.loop import train
 
@@ -116,7 +130,7 @@ def _train(arguments: list[str]) -> int:
         console.print(str(stop), soft_wrap=True)
         return EXIT_INTERRUPTED
     if result.evaluation:
-        console.print(accuracy_table(result.evaluation))
+        console.print(score_table(result.evaluation))
     if result.picture:
         console.print(f"picture:     {result.picture}", soft_wrap=True)
     console.print(f"checkpoint:  {result.folder}/checkpoints", soft_wrap=True)
@@ -135,9 +149,10 @@ def _evaluate(arguments: list[str]) -> int:
     flags.DEFINE_integer("step", None, "Checkpoint; the newest by default.", flag_values=values)
     flags.DEFINE_list(
         "protocol",
-        ["knn", "linear"],
-        "knn (weighted, cosine, k = 20), linear (logistic regression by L-BFGS on features), "
-        "linear_lars (the paper's recipe: augmentation, batch norm, LARS).",
+        None,
+        "By default those of the run's config. knn (weighted, cosine, k = 20), linear (logistic "
+        "regression by L-BFGS on features), linear_lars (the paper's recipe: augmentation, batch "
+        "norm, LARS), classification (a fine-tuned model's predictions, with a confusion matrix).",
         flag_values=values,
     )
     flags.DEFINE_string("data", None, "Labelled data in place of the run's.", flag_values=values)
@@ -156,7 +171,7 @@ def _evaluate(arguments: list[str]) -> int:
         pool=values.pool,
         baselines=values.baselines,
     )
-    Console().print(accuracy_table(rows))
+    Console().print(score_table(rows))
     return 0
 
 
@@ -186,9 +201,24 @@ def _convert(arguments: list[str]) -> int:
         _define_config(values, arguments)
     flags.DEFINE_string("run", None, "Folder of a run to export.", flag_values=values)
     flags.DEFINE_integer("step", None, "Checkpoint; the newest by default.", flag_values=values)
-    flags.DEFINE_string("input", None, "Official checkpoint to import.", flag_values=values)
     flags.DEFINE_string(
-        "output", None, "File (.pth, .safetensors), or folder of a new run.", flag_values=values
+        "input",
+        None,
+        "Weights to import: an official or timm file, or a folder of transformers.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "output",
+        None,
+        "File (.pth, .safetensors) or folder to export to, or folder of a new run.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "format",
+        "official",
+        "What --run is written as: official or timm (a file), hf-mae, hf-vit or hf-classifier (a "
+        "folder). What --input holds is recognized.",
+        flag_values=values,
     )
     config = _parse(values, "convert", arguments)
     _require(values, "convert", "output")
@@ -198,13 +228,162 @@ def _convert(arguments: list[str]) -> int:
     from mim_jax.conversion import official
 
     if values.run:
-        note = official.export_run(Path(values.run), Path(values.output), step=values.step)
+        note = official.export_run(
+            Path(values.run), Path(values.output), values.format, step=values.step
+        )
     elif config is None:
         raise ValueError("convert --input needs --config, the model that the file holds.")
     else:
         note = official.import_checkpoint(config, Path(values.input), Path(values.output))
     print(note)
     return 0
+
+
+def _data(arguments: list[str]) -> int:
+    kinds = {"inspect": _data_inspect, "convert": _data_convert}
+    if arguments and arguments[0] in kinds:
+        return kinds[arguments[0]](arguments[1:])
+    if arguments and arguments[0] in HELP_FLAGS:
+        print("mim-jax data\n")
+        for kind in kinds.values():
+            with contextlib.suppress(_HelpShown):
+                kind(["--help"])
+            print()
+        return 0
+    given = f"not {arguments[0]!r}" if arguments else "such as 'mim-jax data inspect --source X'"
+    raise ValueError(f"data needs one of {', '.join(kinds)}, {given}.")
+
+
+def _data_inspect(arguments: list[str]) -> int:
+    values = flags.FlagValues()
+    _define_source(values)
+    flags.DEFINE_integer(
+        "channels", None, "For mean and deviation; by default as in most files.", flag_values=values
+    )
+    flags.DEFINE_integer("sample", 512, "Number of images to look at.", flag_values=values)
+    flags.DEFINE_bool("all", False, "Look at every image, not at a sample.", flag_values=values)
+    flags.DEFINE_string("output", None, "PNG for a sheet of images.", flag_values=values)
+    _parse_only(values, "data inspect", arguments)
+    _require(values, "data inspect", "source")
+    from PIL import Image
+
+    from mim_jax.data import open_source
+    from mim_jax.data.inspection import facts_table, inspect_source, source_sheet
+
+    source = open_source(values.source, values.split)
+    facts = inspect_source(source, None if values.all else values.sample, channels=values.channels)
+    # In a file or a pipe there is no width to keep to, and paths are best read in one piece.
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(source.name, soft_wrap=True, markup=False)
+    console.print(facts_table(facts))
+    if values.output:
+        as_found = open_source(
+            values.source, values.split, channels=facts.channels, bits=facts.bits
+        )
+        Image.fromarray(source_sheet(as_found)).save(values.output)
+        console.print(f"picture: {values.output}", soft_wrap=True, markup=False)
+    return 0
+
+
+def _data_convert(arguments: list[str]) -> int:
+    values = flags.FlagValues()
+    _define_source(values)
+    flags.DEFINE_string("output", None, "Folder for the shards.", flag_values=values)
+    flags.DEFINE_string(
+        "output_split", None, "Name of the split there; by default as --split.", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "short_side", None, "Shrink larger images to so many pixels.", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "shards", None, "Number of files; by default one for 10,000 images.", flag_values=values
+    )
+    flags.DEFINE_integer("threads", None, "By default one per CPU core.", flag_values=values)
+    _parse_only(values, "data convert", arguments)
+    _require(values, "data convert", "source")
+    _require(values, "data convert", "output")
+    from mim_jax.data import open_source
+    from mim_jax.data.shard_writer import convert
+    from mim_jax.data.splits import split_name_and_bounds
+
+    console = Console()
+    result = convert(
+        open_source(values.source, values.split),
+        Path(values.output),
+        values.output_split or split_name_and_bounds(values.split)[0],
+        short_side=values.short_side,
+        shards=values.shards,
+        threads=values.threads,
+        console=console,
+    )
+    console.print(
+        f"{result.examples:,} images in {result.shards} shards: --data {result.folder}",
+        soft_wrap=True,
+        markup=False,
+    )
+    if result.unreadable:
+        console.print(f"{len(result.unreadable)} unreadable images left out, the first:")
+        console.print(*result.unreadable[:10], sep="\n", soft_wrap=True, markup=False)
+    return 0
+
+
+def _define_source(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "source", None, "Data, such as folder:PATH, as in --config.data.source.", flag_values=values
+    )
+    flags.DEFINE_string("split", "train", "Split, such as train[:90%].", flag_values=values)
+
+
+def _replay(arguments: list[str]) -> int:
+    values = flags.FlagValues()
+    flags.DEFINE_string("run", None, "Folder of a run.", flag_values=values)
+    flags.DEFINE_integer(
+        "step",
+        None,
+        "Which step, as in the log: the first is 1.",
+        lower_bound=1,
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "output", None, "PNG file for its batch; by default in RUN/pictures.", flag_values=values
+    )
+    flags.DEFINE_bool(
+        "modules", False, "Show how large the output of every module is.", flag_values=values
+    )
+    _parse_only(values, "replay", arguments)
+    _require(values, "replay", "run")
+    _require(values, "replay", "step")
+    _start_jax()
+    from mim_jax.training.replay import replay, report
+
+    console = Console()
+    found = replay(
+        values.run,
+        values.step,
+        output=values.output,
+        modules=values.modules,
+        console=console,
+    )
+    for part in report(found):
+        console.print(part, soft_wrap=isinstance(part, str))
+    return 0
+
+
+def _verify(arguments: list[str]) -> int:
+    values = flags.FlagValues()
+    _define_config(values, arguments)
+    config = _parse(values, "verify", arguments)
+    assert config is not None
+    _start_jax()
+    from mim_jax.training.verify import explanation, verdict_table, verify
+
+    console = Console()
+    points = verify(config, console=console)
+    console.print(verdict_table(points))
+    before = configs.leaves(configs.load(values.config_name))
+    changed = [field for field, value in configs.leaves(config).items() if before[field] != value]
+    console.print(explanation(points, config, changed), soft_wrap=True)
+    return 0 if all(point.agrees for point in points) else 1
 
 
 HELP_FLAGS = {"--help", "-h"}
@@ -216,18 +395,27 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": _evaluate,
     "inspect": _inspect,
     "convert": _convert,
+    "replay": _replay,
+    "verify": _verify,
+    "data": _data,
 }
 
 
-def accuracy_table(rows: dict[str, dict[str, float]]) -> Table:
-    """Accuracies in per cent, a row for each encoder and a column for each protocol."""
+def score_table(rows: dict[str, dict[str, float]]) -> Table:
+    """Scores in per cent, a row for each encoder and a column for each score; losses as they are.
+
+    The single score of a protocol is its top-1 accuracy.
+    """
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    table = Table(title="top-1 accuracy, %")
+    table = Table(title="scores, %")
     table.add_column("features")
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name.rpartition("/")[2] if "/" in name else name, justify="right")
     for title, row in rows.items():
-        table.add_row(title, *(f"{100 * row[n]:.1f}" if n in row else "-" for n in names))
+        shown = {
+            n: f"{x:.3f}" if n.endswith("entropy") else f"{100 * x:.1f}" for n, x in row.items()
+        }
+        table.add_row(title, *(shown.get(name, "-") for name in names))
     return table
 
 

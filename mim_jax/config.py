@@ -49,11 +49,13 @@ def defaults() -> ml_collections.ConfigDict:
             # Weights to start from: an official .pth or .safetensors file, or a run of ours.
             init_from="",
             data=dict(
-                # "embedded", "fashion_mnist", "tfds:NAME", "folder:PATH" or a path.
+                # "embedded", "fashion_mnist", "folder:PATH", "tfds:NAME" or another of the README.
                 source="embedded",
                 split="train",
                 image_size=(224, 224),
                 channels=3,
+                # 8 or 16 bits a sample; 16 keeps what scanners and satellites measure.
+                bits=8,
                 # Mean and standard deviation of each channel, for values in [0, 1].
                 mean=(0.485, 0.456, 0.406),
                 std=(0.229, 0.224, 0.225),
@@ -61,6 +63,8 @@ def defaults() -> ml_collections.ConfigDict:
                 crop_area=(0.2, 1.0),
                 crop_aspect=(3 / 4, 4 / 3),
                 flip=True,
+                # RandAugment after the crop, such as "rand-m9-mstd0.5-inc1"; "" for none.
+                augment="",
                 # "opencv", "pillow" or "auto" (OpenCV if it is installed).
                 backend="auto",
                 # Worker processes that decode and crop; 0 uses threads of this process.
@@ -96,6 +100,8 @@ def defaults() -> ml_collections.ConfigDict:
                 # Rules (path pattern, spec) that come before the strategy's own.
                 rules=(),
             ),
+            # What the end of training writes below the run's folder, see `mim-jax convert`.
+            export=dict(formats=()),
             checkpoint=dict(
                 every_steps=1000,
                 # Newest checkpoints to keep, beside the best and the periodic ones.
@@ -127,6 +133,13 @@ def defaults() -> ml_collections.ConfigDict:
                 # Share of the image kept by the evaluation crop.
                 crop_ratio=0.875,
                 batch_size=256,
+            ),
+            # Losses of the unchanged config at some steps, which `mim-jax verify` trains up to.
+            reference=dict(
+                steps=(),
+                loss=(),
+                # Largest relative difference at each step.
+                band=(),
             ),
         )
     )
@@ -320,6 +333,13 @@ def resolve(config: ml_collections.ConfigDict, platform: str) -> ml_collections.
                 f"data.{field} is {config.data[field]}, but data.channels is "
                 f"{config.data.channels}; give one value for each channel."
             )
+    if config.data.bits not in (8, 16):
+        raise ValueError(f"data.bits is {config.data.bits}; samples have 8 or 16.")
+    if config.data.augment and config.data.bits == 16:
+        raise ValueError(
+            f"data.augment {config.data.augment!r} needs images of 8 bits; set it to '', or "
+            "data.bits to 8."
+        )
     if config.compute_dtype == "auto":
         config.compute_dtype = "float32" if platform == "cpu" else "bfloat16"
     return config

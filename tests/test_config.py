@@ -8,6 +8,7 @@ import pytest
 
 from mim_jax import config as configs
 from mim_jax.method import method_class
+from mim_jax.training.derived import derive, open_fields
 
 
 def all_variants() -> list[str]:
@@ -45,11 +46,18 @@ def own(write_config, fields: str) -> str:
 
 
 @pytest.mark.parametrize("name", all_variants())
-def test_every_variant_of_every_config_builds_its_method(name):
-    config = configs.resolve(configs.load(name), "cpu")
+def test_every_variant_of_every_config_builds_its_method(name, tmp_path):
+    config = configs.load(name)
+    if open_fields(config):
+        config.data.source = "embedded"
+        config, _ = derive(config, tmp_path)
+    config = configs.resolve(config, "cpu")
     method = method_class(config.method).build(config)
     shape = (2, *config.data.image_size, config.data.channels)
-    batch = {"image": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    batch = {
+        "image": jax.ShapeDtypeStruct(shape, jnp.float32),
+        "label": jax.ShapeDtypeStruct((2,), jnp.int32),
+    }
     method.check(batch)
     variables = jax.eval_shape(lambda: method.init(jax.random.key(0), batch))
     assert jax.tree.leaves(variables["params"])

@@ -47,7 +47,9 @@ def _progress(state: TrainState) -> dict[str, Any]:
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, run: Path, config: ml_collections.ConfigDict) -> None:
+    def __init__(
+        self, run: Path, config: ml_collections.ConfigDict, *, read_only: bool = False
+    ) -> None:
         """Opens the checkpoints below a run's folder, and creates it if it is not there.
 
         Leftovers of a save that was cut short are removed; they were never complete.
@@ -55,18 +57,19 @@ class Checkpoints:
         Args:
             run: folder of the run.
             config: the run's config; `config.checkpoint` says what is kept.
+            read_only: change nothing; the folder must be there, and a run may be writing to it.
         """
         settings = config.checkpoint
         self.folder = (run / FOLDER).absolute()
         self._config = config
-        self._manager = _manager(
-            self.folder,
-            ocp.CheckpointManagerOptions(
+        options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+        if not read_only:
+            options = ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(_preserved(settings)),
                 enable_async_checkpointing=settings.asynchronous,
                 cleanup_tmp_directories=True,
-            ),
-        )
+            )
+        self._manager = _manager(self.folder, options)
 
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint, or None."""
@@ -104,8 +107,7 @@ class Checkpoints:
         """
         step = self._manager.latest_step() if step is None else step
         where = self.folder / str(step)
-        about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
-        written_by = about["about"]["method"]
+        written_by = self.about(step)["method"]
         if written_by != self._config.method:
             raise ValueError(
                 f"{where} was written by method {written_by!r}, but the config asks for "
@@ -121,6 +123,11 @@ class Checkpoints:
         )
         variables = dict(restored["variables"])
         return TrainState(params=variables.pop("params"), mutable=variables, **restored["progress"])
+
+    def about(self, step: int) -> dict[str, Any]:
+        """What wrote the checkpoint of a step: `method`, `config` and `versions`."""
+        item = ocp.args.Composite(about=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=item)["about"]
 
     def _check_shapes(self, like: TrainState, step: int) -> None:
         """Compares variables by path before Orbax reads them, for a message one can act on."""
@@ -157,6 +164,12 @@ def _preserved(settings: ml_collections.ConfigDict) -> list[policies.Preservatio
     return kept
 
 
+def checkpoint_steps(run: Path) -> list[int]:
+    """Steps of a run's complete checkpoints, in order; empty if there are none."""
+    folder = (run / FOLDER).absolute()
+    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+
+
 def read_variables(run: Path, step: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Variables of a run's checkpoint as NumPy arrays, and its `about` (method, config, versions).
 
@@ -168,12 +181,14 @@ def read_variables(run: Path, step: int | None = None) -> tuple[dict[str, Any], 
         FileNotFoundError: if the folder holds no complete checkpoint, or not that one.
     """
     folder = (run / FOLDER).absolute()
-    steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+    steps = checkpoint_steps(run)
     if not steps or (step is not None and step not in steps):
         wanted = "complete checkpoint" if step is None else f"checkpoint of step {step}"
         raise FileNotFoundError(f"{run} holds no {wanted}; it has steps {steps}.")
     step = steps[-1] if step is None else step
-    with _manager(folder, ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    with _manager(
+        folder, ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+    ) as manager:
         shapes = dict(manager.item_metadata(step)["variables"])
         # NumPy targets, without memory of their own, make Orbax return whole NumPy arrays.
         like = {

@@ -13,8 +13,16 @@ import optax
 from jax.sharding import Mesh
 
 from mim_jax import config as configs
-from mim_jax.data import RandomResizedCrop, Source, open_source, steps_per_epoch
+from mim_jax.data import (
+    RandomResizedCrop,
+    Source,
+    open_source,
+    steps_per_epoch,
+    train_batches,
+)
 from mim_jax.data.on_device import normalize, random_flip
+from mim_jax.data.pipeline import Batches
+from mim_jax.data.rand_augment import Composed, RandAugment
 from mim_jax.method import Batch, Method, method_class
 from mim_jax.training import sharding, step
 from mim_jax.training.flops import count_flops
@@ -77,7 +85,13 @@ class Experiment:
             method=method,
             mesh=mesh,
             rules=sharding.rules_of(config.sharding),
-            optimizer=build_optimizer(config.optimizer, method.groups, schedules),
+            optimizer=build_optimizer(
+                config.optimizer,
+                method.groups,
+                schedules,
+                no_decay=method.no_decay,
+                rate_scale=method.rate_scale,
+            ),
             schedules=schedules,
             steps_per_epoch=per_epoch,
             total_steps=total,
@@ -99,8 +113,21 @@ class Experiment:
         config.update(mesh=dict(data=1, fsdp=1, tensor=1), accumulate=1)
         return cls.without_data(config, jax.devices()[:1])
 
+    def batch_shapes(self) -> dict[str, np.ndarray]:
+        """A batch of zeros without memory of its own, where no data are at hand."""
+        rows = self.config.batch_size
+        samples = np.uint16 if self.config.data.bits == 16 else np.uint8
+        kinds = {"float": np.float32, "int": np.int32}
+        return {
+            name: np.broadcast_to(
+                np.zeros((), samples if name == "image" else kinds[wanted.dtype]),
+                (rows, *(size or 1 for size in wanted.shape)),
+            )
+            for name, wanted in self.method.inputs.items()
+        }
+
     def prepare(self, batch: Batch, rng: jax.Array) -> Batch:
-        """What the step does first: flips, and normalizes uint8 images to float32."""
+        """What the step does first: flips, and normalizes integer images to float32."""
         data = self.config.data
         images = batch["image"]
         if data.flip:
@@ -130,6 +157,12 @@ class Experiment:
         """The state at step 0, created where it will live."""
         where = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state(shapes))
         return jax.jit(lambda: self._initial(shapes), out_shardings=where)()
+
+    def gradient(self) -> step.Gradient:
+        """The gradient of a step alone, not yet compiled."""
+        return step.make_gradient(
+            self.method, self.prepare, seed=self.config.seed, accumulate=self.config.accumulate
+        )
 
     def train_step(self) -> step.TrainStep:
         """The train step, not yet compiled."""
@@ -178,24 +211,46 @@ class Experiment:
         )
 
 
-def image_shapes(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
-    """An image batch of the config's size, without memory of its own, where no data are at hand."""
-    shape = (config.batch_size, *config.data.image_size, config.data.channels)
-    return {"image": np.broadcast_to(np.zeros((), np.uint8), shape)}
-
-
 def training_source(config: ml_collections.ConfigDict) -> Source:
     """The data that a config trains on."""
     data = config.data
-    return open_source(data.source, data.split, channels=data.channels, backend=data.backend)
+    return open_source(
+        data.source, data.split, channels=data.channels, bits=data.bits, backend=data.backend
+    )
 
 
-def training_crop(config: ml_collections.ConfigDict) -> RandomResizedCrop:
-    """The random resized crop of a config."""
+def training_batches(
+    config: ml_collections.ConfigDict,
+    source: Source,
+    start_step: int,
+    num_steps: int | None = None,
+    *,
+    timed: bool = False,
+) -> Batches:
+    """The batches that this process trains on, see `mim_jax.data.train_batches`."""
+    return train_batches(
+        source,
+        training_crop(config),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start_step=start_step,
+        num_steps=num_steps,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        workers=config.data.workers,
+        timed=timed,
+    )
+
+
+def training_crop(config: ml_collections.ConfigDict) -> RandomResizedCrop | Composed:
+    """The random resized crop of a config, and what `data.augment` adds to it."""
     data = config.data
-    return RandomResizedCrop(
+    crop = RandomResizedCrop(
         tuple(data.image_size),
         area=tuple(data.crop_area),
         aspect=tuple(data.crop_aspect),
         backend=data.backend,
     )
+    if not data.augment:
+        return crop
+    return Composed((crop, RandAugment.from_string(data.augment, data.mean)))

@@ -18,14 +18,18 @@ import numpy as np
 from rich.console import Console
 
 from mim_jax import config as configs
+from mim_jax.conversion.export import check_formats, export_variables
 from mim_jax.conversion.initial import initialize_from
-from mim_jax.data import EvaluationCrop, Source, evaluation_batches, open_source, train_batches
+from mim_jax.data import EvaluationCrop, Source, evaluation_batches, open_source
 from mim_jax.data.on_device import denormalize, normalize
+from mim_jax.evaluation.classification import draw_confusion
 from mim_jax.evaluation.protocols import check_protocols, compare_with_baselines, evaluate
 from mim_jax.method import Picture
-from mim_jax.training.checkpoints import Checkpoints
-from mim_jax.training.experiment import Experiment, training_crop, training_source
-from mim_jax.training.feed import DeviceFeed, HostBatch
+from mim_jax.training.bottleneck import DataDoctor
+from mim_jax.training.checkpoints import Checkpoints, read_variables
+from mim_jax.training.derived import as_text, derive
+from mim_jax.training.experiment import Experiment, training_batches, training_source
+from mim_jax.training.feed import DeviceBatch, DeviceFeed, HostBatch
 from mim_jax.training.flops import peak_flops_of
 from mim_jax.training.interruption import Interrupted, Interruption
 from mim_jax.training.pictures import picture_grid
@@ -40,6 +44,11 @@ STEPS_LATE = 2
 
 PICTURE_ROWS = 8
 
+Metrics = dict[str, jax.Array]
+
+SUFFIX = ".safetensors"
+"""Of exported weights that are one file; it needs no PyTorch."""
+
 
 class TrainingStopped(RuntimeError):
     """A run cannot go on; the message says why and what to do."""
@@ -51,7 +60,7 @@ class Result:
 
     Attributes:
         state: the final state.
-        evaluation: accuracies by row ("trained", "untrained", "raw pixels") and protocol.
+        evaluation: scores by row ("trained", "untrained", "raw pixels") and protocol.
         picture: the newest picture file, or None.
         folder: everything else.
     """
@@ -86,12 +95,15 @@ def train(
         Interrupted: after SIGTERM or SIGINT, once everything is saved.
     """
     folder = Path(folder)
+    config, settings = derive(config, folder, devices)
     check_protocols(config.evaluate.protocols)
     source = training_source(config)
     experiment = Experiment.build(config, len(source), devices)
+    check_protocols(config.evaluate.protocols, experiment.method)
+    check_formats(config.export.formats, experiment.method, config)
     config = experiment.config
     with contextlib.ExitStack() as stack:
-        interruption = stack.enter_context(Interruption())
+        interruption = stack.enter_context(Interruption(experiment.mesh))
         checkpoints = Checkpoints(folder, config)
         stack.callback(checkpoints.close)
         first_step = checkpoints.latest_step() or 0
@@ -107,6 +119,8 @@ def train(
                 console=console,
             )
         )
+        if settings:
+            log.note(f"derived settings, each of which may be set:\n{as_text(settings)}")
         _write_about(folder, config, log)
         run = _Run(experiment, source, folder, log, checkpoints, interruption, on_step)
         try:
@@ -136,8 +150,9 @@ class _Run:
         self.checkpoints = checkpoints
         self.interruption = interruption
         self.on_step = on_step or (lambda step: None)
-        self.pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
+        self.pending: collections.deque[tuple[int, DeviceBatch, Metrics]] = collections.deque()
         self.meter: _Meter  # made before the first step
+        self.doctor = DataDoctor(self.config)
         self.picture_path: Path | None = None
         self.rows_read = 0
         self.rows_unreadable = 0
@@ -156,23 +171,15 @@ class _Run:
         self.interruption.release()  # all is saved: from here on a signal may simply end the run
         self._pictures(state, total)
         evaluation = self._final_evaluation(state, first_batch)
+        self._export(total)
         return Result(state, evaluation, self.picture_path, self.folder)
 
     def _host_batches(self, first_step: int) -> Generator[HostBatch, None, None]:
-        config = self.config
-        batches = train_batches(
-            self.source,
-            training_crop(config),
-            batch_size=config.batch_size,
-            seed=config.seed,
-            start_step=first_step,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            workers=config.data.workers,
-        )
+        batches = training_batches(self.config, self.source, first_step, timed=True)
         with contextlib.closing(batches):
             for batch in batches:
                 self._count_unreadable(batch.pop("unreadable"))
+                self.doctor.made(batch.pop("seconds"))
                 del batch["index"]
                 yield batch
 
@@ -224,11 +231,11 @@ class _Run:
             idle = not metrics or metrics["loss"].is_ready()  # type: ignore[attr-defined]
             self.meter.waited(feed, idle)
             state, metrics = step_function(state, batch)
-            self.pending.append((step, metrics))
+            self.pending.append((step, batch, metrics))
             if len(self.pending) > STEPS_LATE:
                 self._record(*self.pending.popleft())
             self.on_step(step)
-            if self.interruption.requested:
+            if self.interruption.reached():
                 self._leave(state, step)
             with self.meter.paused():
                 if self._due(step, config.log.pictures_every_steps) and step < total:
@@ -253,8 +260,9 @@ class _Run:
     def _due(step: int, every: int) -> bool:
         return every > 0 and step % every == 0
 
-    def _record(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    def _record(self, step: int, batch: DeviceBatch, metrics: Metrics) -> None:
         """Fetches the metrics of a step that is done by now, shows and logs them."""
+        self.meter.wait_for(batch)
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         meter = self.meter
         meter.steps += 1
@@ -281,7 +289,10 @@ class _Run:
             epoch = step / self.experiment.steps_per_epoch
             # The step's own values, not means: they are the same however the run was interrupted.
             own = {name: values[name] for name in sorted(values, key=lambda name: name != "loss")}
+            advice = self.doctor.advice(meter.seconds, meter.waiting, meter.transfer)
             self.log.metrics(step, {"epoch": epoch, **own, **meter.read()})
+            if advice:
+                self.log.note(advice)
 
     def _record_all(self) -> None:
         while self.pending:
@@ -347,9 +358,29 @@ class _Run:
             self.config,
             untrained_variables=self.experiment.initial_state(batch).variables,
         )
+        if "classification" in self.config.evaluate.protocols:
+            picture = draw_confusion(self.experiment.method, state.variables, self.config)
+            if picture is not None:
+                self.picture_path = self.log.picture(
+                    self.experiment.total_steps, "confusion", picture
+                )
         if jax.process_index() == 0:
             (self.folder / "evaluation.json").write_text(json.dumps(rows, indent=2))
         return rows
+
+    def _export(self, step: int) -> None:
+        """Writes the weights of the last checkpoint in every format of `export.formats`."""
+        if not self.config.export.formats or jax.process_index() != 0:
+            return
+        variables, _ = read_variables(self.folder, step)
+        for name in self.config.export.formats:
+            output = self.folder / "export" / f"{name}{'' if name.startswith('hf-') else SUFFIX}"
+            method = self.experiment.method
+            # PyTorch stays out of training code, so the reader's own check is left to `convert`.
+            notes = export_variables(
+                method, self.config, variables, output, name, step=step, run_library=False
+            )
+            self.log.note(notes)
 
 
 class _Meter:
@@ -359,20 +390,31 @@ class _Meter:
         self.batch_size = config.batch_size
         self.flops = flops
         self.peak = peak_flops_of(jax.devices()[0], config.compute_dtype) * devices
-        self.seconds_idle = 0.0
-        self._waited_before = 0.0
+        self._feed_before = (0.0, 0.0)
         self._restart()
 
     def _restart(self) -> None:
         self.start = time.perf_counter()
-        self.idle_at_start = self.seconds_idle
+        self.waiting = 0.0  # seconds in which the devices waited for a batch to be made
+        self.transfer = 0.0  # and for one on its way to them
         self.steps = 0
 
     def waited(self, feed: DeviceFeed, idle: bool) -> None:
-        """Adds what the feed has waited since the last call, if the devices were idle."""
-        new = feed.seconds_waited - self._waited_before
-        self._waited_before = feed.seconds_waited
-        self.seconds_idle += new if idle else 0.0
+        """Adds what the feed has taken since the last call, if the devices were idle."""
+        now = (feed.seconds_waited, feed.seconds_sending)
+        if idle:
+            self.waiting += now[0] - self._feed_before[0]
+            self.transfer += now[1] - self._feed_before[1]
+        self._feed_before = now
+
+    def wait_for(self, batch: DeviceBatch) -> None:
+        """Waits for the batch of the oldest step that is not done, before its metrics are awaited.
+
+        All steps before it are done, so the devices have nothing to do until the batch is there.
+        """
+        started = time.perf_counter()
+        jax.block_until_ready(batch)
+        self.transfer += time.perf_counter() - started
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -394,7 +436,7 @@ class _Meter:
     @property
     def data_wait(self) -> float:
         """Share of the time in which the devices waited for data, in [0, 1]."""
-        return min(1.0, (self.seconds_idle - self.idle_at_start) / self.seconds)
+        return min(1.0, (self.waiting + self.transfer) / self.seconds)
 
     def read(self) -> dict[str, float]:
         """The rates; starts the next interval."""
@@ -414,6 +456,7 @@ def _sample_images(config: ml_collections.ConfigDict, source: Source) -> np.ndar
             config.evaluate.source or config.data.source,
             config.evaluate.test_split,
             channels=config.data.channels,
+            bits=config.data.bits,
             backend=config.data.backend,
         )
     crop = EvaluationCrop(

@@ -21,6 +21,9 @@ Prepare = Callable[[Batch, jax.Array], Batch]
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
+Gradient = Callable[[TrainState, Batch], tuple[Any, dict[str, jax.Array], Any]]
+"""From (state, batch): gradient, metrics and mutable collections of one step."""
+
 
 def stream_keys(rng: jax.Array, streams: tuple[str, ...]) -> dict[str, jax.Array]:
     """One key for each named stream; a key does not depend on which other streams exist."""
@@ -32,24 +35,10 @@ def step_key(seed: int, step: jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), step)
 
 
-def make_train_step(
-    method: Method,
-    optimizer: optax.GradientTransformationExtraArgs,
-    schedules: Mapping[str, Schedule],
-    prepare: Prepare,
-    *,
-    seed: int,
-    accumulate: int = 1,
-) -> TrainStep:
-    """The function `(state, batch) -> (state, metrics)`, to be compiled by the caller.
+def make_gradient(method: Method, prepare: Prepare, *, seed: int, accumulate: int = 1) -> Gradient:
+    """The first half of a step: gradient of the method's loss over the trainable parameters.
 
-    One step is: gradient of the method's loss over the trainable parameters, averaged over
-    `accumulate` micro-batches; the optimizer (which clips); EMA. If the loss or the gradient is
-    not finite, the parameters, optimizer state and mutable collections stay as they are, and the
-    step counts as skipped.
-
-    Metrics are float32 scalars: `loss`, those of the method, `grad_norm` (before clipping),
-    `learning_rate` (and `learning_rate_NAME` of other groups), `skipped`, `skipped_in_row`.
+    It is averaged over `accumulate` micro-batches. The metrics are `loss` and those of the method.
     """
 
     def micro_step(trainable: Any, fixed: Any, mutable: Any, batch: Batch, rng: jax.Array, step):
@@ -63,23 +52,47 @@ def make_train_step(
         (loss, aux), gradient = jax.value_and_grad(loss_of, has_aux=True)(trainable)
         return gradient, {"loss": loss, **aux.metrics}, {**mutable, **aux.mutable}
 
-    def step_function(state: TrainState, batch: Batch):
+    def gradient_function(state: TrainState, batch: Batch):
         key = step_key(seed, state.step)
         trainable, fixed = split_trainable(method, state.params)
         if accumulate == 1:
             rng = jax.random.fold_in(key, 0)
-            gradient, metrics, mutable = micro_step(
-                trainable, fixed, state.mutable, batch, rng, state.step
-            )
-        else:
-            gradient, metrics, mutable = _accumulate(
-                lambda mutable, micro, i: micro_step(
-                    trainable, fixed, mutable, micro, jax.random.fold_in(key, i), state.step
-                ),
-                state.mutable,
-                batch,
-                accumulate,
-            )
+            return micro_step(trainable, fixed, state.mutable, batch, rng, state.step)
+        return _accumulate(
+            lambda mutable, micro, i: micro_step(
+                trainable, fixed, mutable, micro, jax.random.fold_in(key, i), state.step
+            ),
+            state.mutable,
+            batch,
+            accumulate,
+        )
+
+    return gradient_function
+
+
+def make_train_step(
+    method: Method,
+    optimizer: optax.GradientTransformationExtraArgs,
+    schedules: Mapping[str, Schedule],
+    prepare: Prepare,
+    *,
+    seed: int,
+    accumulate: int = 1,
+) -> TrainStep:
+    """The function `(state, batch) -> (state, metrics)`, to be compiled by the caller.
+
+    One step is: the gradient, see `make_gradient`; the optimizer (which clips); EMA. If the loss
+    or the gradient is not finite, the parameters, optimizer state and mutable collections stay as
+    they are, and the step counts as skipped.
+
+    Metrics are float32 scalars: `loss`, those of the method, `grad_norm` (before clipping),
+    `learning_rate` (and `learning_rate_NAME` of other groups), `skipped`, `skipped_in_row`.
+    """
+    gradient_function = make_gradient(method, prepare, seed=seed, accumulate=accumulate)
+
+    def step_function(state: TrainState, batch: Batch):
+        trainable, fixed = split_trainable(method, state.params)
+        gradient, metrics, mutable = gradient_function(state, batch)
         grad_norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(gradient, state.opt_state, trainable, step=state.step)
@@ -112,15 +125,8 @@ def make_train_step(
 
 
 def _accumulate(micro_step: Callable, mutable: Any, batch: Batch, count: int):
-    """Mean gradient and metrics over micro-batches; mutable collections are handed on.
-
-    Micro-batch i has rows i, i + count, i + 2 * count, ...: neighbouring rows lie on one device,
-    so that cutting the batch moves no data.
-    """
-    micro_batches = {
-        name: array.reshape(-1, count, *array.shape[1:]).swapaxes(0, 1)
-        for name, array in batch.items()
-    }
+    """Mean gradient and metrics over micro-batches; mutable collections are handed on."""
+    stacked = micro_batches(batch, count)
 
     def body(carry: tuple[Any, Any, Any], indexed: tuple[Batch, jax.Array]):
         total, metrics, mutable = carry
@@ -129,11 +135,23 @@ def _accumulate(micro_step: Callable, mutable: Any, batch: Batch, count: int):
         metrics = jax.tree.map(lambda a, b: a + b / count, metrics, new_metrics)
         return (total, metrics, mutable), None
 
-    first = jax.tree.map(lambda x: x[0], micro_batches)
+    first = jax.tree.map(lambda x: x[0], stacked)
     shapes = jax.eval_shape(micro_step, mutable, first, jnp.zeros((), jnp.int32))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[:2])
-    carry, _ = jax.lax.scan(body, (*zeros, mutable), (micro_batches, jnp.arange(count)))
+    carry, _ = jax.lax.scan(body, (*zeros, mutable), (stacked, jnp.arange(count)))
     return carry
+
+
+def micro_batches(batch: Batch, count: int) -> Batch:
+    """Micro-batches along a new first axis: `[batch, ...]` -> `[count, batch / count, ...]`.
+
+    Micro-batch i has rows i, i + count, i + 2 * count, ...: neighbouring rows lie on one device,
+    so that cutting the batch moves no data.
+    """
+    return {
+        name: array.reshape(-1, count, *array.shape[1:]).swapaxes(0, 1)
+        for name, array in batch.items()
+    }
 
 
 def follow(emas: tuple[Ema, ...], params: Any, step: jax.Array) -> Any:
