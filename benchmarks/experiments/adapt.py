@@ -29,6 +29,7 @@ from mim_jax.data import open_source
 from mim_jax.evaluation.protocols import evaluate
 from mim_jax.training.experiment import Experiment
 from mim_jax.training.loop import train
+from mim_jax.training.run_log import read_metrics
 
 SIDE = 42
 TRAIN, TEST = 1000, 2000
@@ -77,6 +78,12 @@ def tinted(image: np.ndarray, random: np.random.Generator) -> Image.Image:
     return Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
 
+def final_loss(run: Path) -> dict[str, float]:
+    """Mean of the last five logged reconstruction losses of a run."""
+    losses = [line["loss"] for line in read_metrics(run) if "loss" in line]
+    return {"reconstruction loss": float(np.mean(losses[-5:]))}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs everything and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -103,14 +110,17 @@ def main(arguments: list[str] | None = None) -> int:
             "seed": seed,
             "data.source": str(data),
             "epochs": options.epochs,
+            # The target that the checkpoint was trained with.
+            "model.normalize_target": False,
             "evaluate.protocols": ("knn", "linear"),
+            "log.every_steps": 20,
             "export.formats": (),
         }
         start = {"init_from": str(checkpoint)}
         run = train(
             configs.load("mae:adapt", {**changes, **start}), options.workdir / f"adapted{seed}"
         )
-        add("adapted", run.evaluation["trained"])
+        add("adapted", {**run.evaluation["trained"], **final_loss(run.folder)})
         config = configs.from_json((run.folder / "config.json").read_text())
         experiment = Experiment.on_one_device(config)
         state = experiment.initial_state(experiment.batch_shapes())
@@ -124,12 +134,12 @@ def main(arguments: list[str] | None = None) -> int:
         run = train(
             configs.load("mae:adapt", {**changes, **same}), options.workdir / f"scratch{seed}"
         )
-        add("from scratch", run.evaluation["trained"])
+        add("from scratch", {**run.evaluation["trained"], **final_loss(run.folder)})
         add("untrained", run.evaluation["untrained"])
         add("raw pixels", run.evaluation["raw pixels"])
         settings = configs.leaves(config)
     steps = round(options.epochs * (TRAIN // settings["batch_size"]))
-    accuracy = {
+    figures = {
         row: {
             name: summary(values) | {"mean": float(np.mean(values)), "values": values}
             for name, values in columns.items()
@@ -142,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
         {
             "steps": steps,
             "settings": {name: settings[name] for name in kept},
-            "accuracy": accuracy,
+            "scores": figures,
         },
     )
     return 0
