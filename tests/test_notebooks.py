@@ -1,0 +1,54 @@
+"""The notebooks: what is kept of them, and that they run from top to bottom."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat", reason="needs the extra `notebooks`")
+pytest.importorskip("nbclient", reason="needs the extra `notebooks`")
+
+FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+LARGEST = 400_000  # bytes
+MACHINE_PATH = re.compile(r"/(home|root|tmp|usr|opt|var|mnt|Users)/|[A-Z]:\\\\")
+
+pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def execute_module():
+    spec = importlib.util.spec_from_file_location("execute", FOLDER / "execute.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def outputs(notebook):
+    return [output for cell in code_cells(notebook) for output in cell.outputs]
+
+
+def pictures(notebook):
+    return [o for o in outputs(notebook) if "image/png" in o.get("data", {})]
+
+
+def test_kept_outputs_are_those_of_one_run_and_small(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    counts = [cell.execution_count for cell in code_cells(notebook)]
+    assert counts == list(range(1, len(counts) + 1)), "run notebooks/execute.py"
+    assert not any(output.output_type == "error" for output in outputs(notebook))
+    assert not any(output.get("name") == "stderr" for output in outputs(notebook))
+    assert len(pictures(notebook)) >= 2
+    assert path.stat().st_size < LARGEST
+    text = re.sub(r'"image/png": "[^"]*"', "", path.read_text())
+    assert not MACHINE_PATH.search(text), "an output shows a path of the author's machine"
+
+
+def test_notebook_runs_from_top_to_bottom(path, tmp_path):
+    again = execute_module().executed(path, tmp_path)
+    assert len(pictures(again)) == len(pictures(nbformat.read(path, as_version=4)))
