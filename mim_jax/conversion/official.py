@@ -11,6 +11,7 @@ from mim_jax.conversion.export import export_variables
 from mim_jax.conversion.initial import initialize_from
 from mim_jax.method import method_class
 from mim_jax.training.checkpoints import Checkpoints, checkpoint_steps, read_variables
+from mim_jax.training.derived import complete_from_weights
 from mim_jax.training.experiment import Experiment
 
 
@@ -54,6 +55,7 @@ def import_checkpoint(config: ml_collections.ConfigDict, source: Path, run: Path
         FileNotFoundError: if there is no such file.
         ValueError: if the file does not fit the model, or the run exists already.
     """
+    config = complete_from_weights(config, str(source))
     experiment = Experiment.on_one_device(config)
     state = experiment.initial_state(experiment.batch_shapes())
     state, notes = initialize_from(str(source), experiment.method, state)

@@ -102,7 +102,8 @@ class FineTune(Method):
             raise ValueError(
                 f"model.num_classes is {model.num_classes}, and no labelled data tell it: set it."
             )
-        for field, value, known in (("pool", model.pool, POOLS), ("labels", model.labels, LABELS)):
+        labels = model.labels or "single"  # left open, and no data at hand
+        for field, value, known in (("pool", model.pool, POOLS), ("labels", labels, LABELS)):
             if value not in known:
                 raise ValueError(f"model.{field} is {value!r}; known are {', '.join(known)}.")
         encoder = build_encoder(
@@ -110,7 +111,7 @@ class FineTune(Method):
         )
         return cls(
             Classifier(encoder, model.num_classes, model.pool),
-            model.labels,
+            labels,
             model.layer_decay,
             Mixing(
                 mixup=model.mixup,

@@ -103,6 +103,28 @@ def open_fields(config: ml_collections.ConfigDict) -> list[str]:
     return found
 
 
+def complete_from_weights(
+    config: ml_collections.ConfigDict, path: str
+) -> ml_collections.ConfigDict:
+    """A copy of a config in which the weights of a classifier have told its number of classes.
+
+    For conversion, which has no data to tell it.
+
+    Raises:
+        ValueError: if the number is open, and the weights have no classifier.
+        FileNotFoundError: if there is nothing at the path.
+    """
+    config = config.copy_and_resolve_references()
+    if "model.num_classes" not in open_fields(config):
+        return config
+    config.model.num_classes = 1
+    donor = read_donor(path, method_class(config.method).build(configs.resolve(config, "cpu")))
+    if "params/head/bias" not in donor.variables:
+        raise ValueError(f"{path} has no classifier to tell model.num_classes: set it.")
+    config.model.num_classes = len(donor.variables["params/head/bias"])
+    return config
+
+
 def _filled(
     config: ml_collections.ConfigDict, values: Mapping[str, Any]
 ) -> ml_collections.ConfigDict:

@@ -170,7 +170,7 @@ def test_weights_for_other_patches_channels_and_sizes_are_resized_with_a_note(ru
 
 def test_a_file_whose_grid_nothing_tells_asks_for_its_size(official):
     experiment, state = build(OTHER_IMAGES)
-    with pytest.raises(ValueError, match="its 6 positions are no square; set data.image_size"):
+    with pytest.raises(ValueError, match=r"its 6 positions are no square; set data.image_size"):
         initialize_from(str(official), experiment.method, state)
 
 

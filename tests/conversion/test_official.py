@@ -152,3 +152,19 @@ def test_exporting_what_is_no_run_is_an_error(tmp_path):
 def test_exporting_a_step_that_is_not_there_is_an_error_that_lists_the_steps(run, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 7; it has steps \[0\]"):
         export_run(run, tmp_path / "again.safetensors", step=7)
+
+
+def test_a_classifier_s_file_tells_its_number_of_classes(tmp_path):
+    source = exported(classifier_config("cls"), "official", tmp_path / "x.safetensors")
+    unknown = classifier_config("cls", {"model.num_classes": 0, "model.labels": ""})
+    import_checkpoint(unknown, source, tmp_path / "run")
+    params, about = read_variables(tmp_path / "run")
+    assert about["config"]["model"]["num_classes"] == 5
+    assert params["params"]["head"]["bias"].shape == (5,)
+
+
+def test_a_pre_trained_file_asks_for_the_number_of_classes(source, tmp_path):
+    sizes = {"data.image_size": (8, 12), "data.channels": 1, "data.mean": (0,), "data.std": (1,)}
+    unknown = classifier_config("cls", {"model.num_classes": 0, **sizes})
+    with pytest.raises(ValueError, match=r"has no classifier to tell model.num_classes: set it"):
+        import_checkpoint(unknown, source, tmp_path / "run")
