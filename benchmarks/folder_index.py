@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import measure
-from mim_jax.data import folder_index
+from mim_jax.data.index_cache import CACHE_VARIABLE
 from mim_jax.data.folder import open_folder
 
 _LOOKUPS = 10_000
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     report = measure.Report("folder_index", arguments)
     root, kept = Path(tempfile.mkdtemp()), Path(tempfile.mkdtemp())
-    os.environ[folder_index.CACHE_VARIABLE] = str(kept)
+    os.environ[CACHE_VARIABLE] = str(kept)
     try:
         make_files(root, options.files, options.per_folder)
         time.sleep(2.5)  # lists of folders that changed a moment ago are not trusted

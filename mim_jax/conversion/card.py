@@ -87,7 +87,8 @@ def _facts(model: Model, step: int | None, held: set[str]) -> dict[str, str]:
             f"{_times(encoder.patch_size)}; positions: {kind}"
         )
     sides = _times(given["image_size"])
-    facts["image"] = f"{sides} pixels (height x width), {given['channels']} channels"
+    plural = "" if given["channels"] == 1 else "s"
+    facts["image"] = f"{sides} pixels (height x width), {given['channels']} channel{plural}"
     facts["normalization"] = (
         f"samples / {given['largest']}, minus mean {_list(given['mean'])}, divided by "
         f"{_list(given['std'])}"

@@ -174,7 +174,8 @@ class FineTune(Method):
     def features(self, variables: Variables, batch: Batch) -> Features:
         """What the linear layer sees, and the patch tokens."""
         encoded: Any = self.model.apply(variables, batch["image"], method=Classifier.encode)
-        return Features(*encoded, self.encoder.grid)
+        pooled, tokens = encoded
+        return Features(pooled, tokens, self.encoder.grid)
 
     def rate_scale(self, path: str, shape: tuple[int, ...]) -> float | np.ndarray:
         """`layer_decay` to the power of the layers above (official `util/lr_decay.py`)."""

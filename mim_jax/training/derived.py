@@ -22,6 +22,7 @@ from mim_jax.method import Method, method_class
 from mim_jax.methods.mae import MAE
 
 OPEN: dict[str, Any] = {
+    "data.split": "",
     "data.channels": 0,
     "data.bits": 0,
     "data.mean": (),
@@ -170,7 +171,7 @@ class _Derivation:
         data = self.config.data
         if not data.source:
             raise ValueError("this config has no data of its own: give a folder with --data.")
-        source = open_source(data.source, data.split, backend=data.backend)
+        source = open_source(data.source, data.split or "train", backend=data.backend)
         return inspect_source(source, channels=data.channels or None)
 
     def _images(self, facts: SourceFacts) -> None:
@@ -205,18 +206,26 @@ class _Derivation:
             self._test_split()
 
     def _test_split(self) -> None:
-        """The data's own test images, or else every tenth, which training sees without labels."""
-        source = self.config.data.source
-        for split in ("test", "validation", "val"):
+        """The data's own test images, or else the last tenth of the images.
+
+        Pre-training may see the last tenth, as it does not see their labels; a classifier may not.
+        """
+        data = self.config.data
+        for split in ("validation", "val", "test"):
             try:
-                open_source(source, split)
+                open_source(data.source, split)
             except (ValueError, OSError):
                 continue
-            self.set("evaluate.train_split", "train", "the data have a test split")
+            self.set("data.split", "train", f"the data have a split {split}")
+            self.set("evaluate.train_split", "train", f"the data have a split {split}")
             self.set("evaluate.test_split", split, "the data have it")
             return
         self.set("evaluate.train_split", "train[:90%]", "the data have no test split")
-        self.set("evaluate.test_split", "train[90%:]", "training sees them, without their labels")
+        if "num_classes" not in self.config.model:
+            self.set("evaluate.test_split", "train[90%:]", "trained on, without their labels")
+            return
+        self.set("evaluate.test_split", "train[90%:]", "not trained on")
+        self.set("data.split", "train[:90%]", "the rest is for testing")
 
     def _model(self) -> None:
         size = (192, 6, 3) if self.on_cpu else (768, 12, 12)

@@ -22,7 +22,9 @@ from mim_jax.conversion.export import check_formats, export_variables
 from mim_jax.conversion.initial import initialize_from
 from mim_jax.data import EvaluationCrop, Source, evaluation_batches, open_source
 from mim_jax.data.on_device import denormalize, normalize
+from mim_jax.data.sources import SubsetSource
 from mim_jax.evaluation.classification import draw_confusion
+from mim_jax.evaluation.labelled_data import labelled_source
 from mim_jax.evaluation.protocols import check_protocols, compare_with_baselines, evaluate
 from mim_jax.method import Picture
 from mim_jax.training.bottleneck import DataDoctor
@@ -100,6 +102,9 @@ def train(
     source = training_source(config)
     experiment = Experiment.build(config, len(source), devices)
     check_protocols(config.evaluate.protocols, experiment.method)
+    if config.evaluate.protocols:
+        for split in (config.evaluate.train_split, config.evaluate.test_split):
+            labelled_source(config, split)  # raises now, rather than after the last step
     check_formats(config.export.formats, experiment.method, config)
     config = experiment.config
     with contextlib.ExitStack() as stack:
@@ -465,6 +470,8 @@ def _sample_images(config: ml_collections.ConfigDict, source: Source) -> np.ndar
         backend=config.data.backend,
     )
     rows = min(PICTURE_ROWS, len(source))
+    # Evenly spread: a folder is sorted by class.
+    source = SubsetSource(source, source.name, np.linspace(0, len(source) - 1, rows).astype(int))
     with contextlib.closing(evaluation_batches(source, crop, batch_size=rows, limit=rows)) as few:
         return next(few)["image"]
 

@@ -149,7 +149,16 @@ def test_fine_tuning_takes_its_classes_from_the_data(tmp_path):
     changes = {"data.source": str(folder_of(tmp_path / "data", classes=("a", "b", "c")))}
     config, settings = derive(configs.load("finetune:tiny", changes), tmp_path, DEVICE)
     assert (config.model.num_classes, config.model.labels) == (3, "single")
-    assert {s.field for s in settings} == {"model.num_classes", "model.labels"}
+    evaluate = config.evaluate
+    assert (config.data.split, evaluate.train_split) == ("train[:90%]", "train[:90%]")
+    assert evaluate.test_split == "train[90%:]"
+    splits = {"data.split", "evaluate.train_split", "evaluate.test_split"}
+    assert {s.field for s in settings} == {"model.num_classes", "model.labels", *splits}
+
+
+def test_fine_tuning_uses_the_test_split_of_the_data_where_there_is_one(tmp_path):
+    config, _ = derive(configs.load("finetune:tiny"), tmp_path, DEVICE)  # embedded
+    assert (config.data.split, config.evaluate.test_split) == ("train", "test")
 
 
 def test_a_config_that_leaves_nothing_open_reads_no_data(tmp_path):
