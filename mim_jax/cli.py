@@ -18,6 +18,7 @@ from rich.table import Table
 
 from mim_jax import __version__
 from mim_jax import config as configs
+from mim_jax.host_memory import keep_freed_memory
 
 USAGE = """\
 mim-jax: masked image modelling in JAX and Flax
@@ -525,7 +526,8 @@ def _require(values: flags.FlagValues, verb: str, name: str) -> None:
 
 
 def _start_jax() -> None:
-    """Keeps compiled programs between runs, unless the user chose a place already."""
+    """Keeps freed memory, and compiled programs unless the user chose a place for them already."""
+    keep_freed_memory()
     import jax
     from absl import logging
 

@@ -25,6 +25,16 @@ def layer_norm(name: str | None, dtype: Any) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, use_fast_variance=False, dtype=dtype, name=name)
 
 
+def token_rows(x: jax.Array) -> jax.Array:
+    """`[..., width]` as the rows of one matrix, which is how linear layers should see tokens.
+
+    The result is the same either way. But if matrix products take `[batch, tokens, width]`, XLA
+    for CPU folds the sum of all later blocks' gradients into the gradient of every weight, and so
+    computes it again and again, a sixth of the time of a ViT-S step.
+    """
+    return x.reshape(-1, x.shape[-1])
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with a fused query-key-value projection.
 
@@ -43,19 +53,20 @@ class Attention(nn.Module):
         Raises:
             ValueError: if the heads do not divide the width.
         """
-        width = x.shape[-1]
+        shape, width = x.shape, x.shape[-1]
         if width % self.heads:
             raise ValueError(f"width {width} is not divisible by {self.heads} attention heads.")
+        heads = (self.heads, width // self.heads)
         xavier = nn.initializers.xavier_uniform()
-        qkv = nn.DenseGeneral(
-            (3, self.heads, width // self.heads), kernel_init=xavier, dtype=self.dtype, name="qkv"
-        )(x)  # [B, T, 3, H, D / H]
+        qkv = nn.DenseGeneral((3, *heads), kernel_init=xavier, dtype=self.dtype, name="qkv")(
+            token_rows(x)
+        ).reshape(*shape[:-1], 3, *heads)  # [B, T, 3, H, D / H]
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         # Scaled by head_width^-0.5; logits and softmax are float32 whatever the compute type.
         x = jax.nn.dot_product_attention(query, key, value, implementation=self.implementation)
         return nn.DenseGeneral(
             width, axis=(-2, -1), kernel_init=xavier, dtype=self.dtype, name="out"
-        )(x)
+        )(x.reshape(-1, *heads)).reshape(shape)
 
 
 class Mlp(nn.Module):
@@ -67,11 +78,12 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[..., width]` to the same shape through `ratio * width` hidden units."""
-        width = x.shape[-1]
+        shape, width = x.shape, x.shape[-1]
         xavier = nn.initializers.xavier_uniform()
+        x = token_rows(x)
         x = nn.Dense(int(width * self.ratio), kernel_init=xavier, dtype=self.dtype, name="fc1")(x)
         x = nn.gelu(x, approximate=False)
-        return nn.Dense(width, kernel_init=xavier, dtype=self.dtype, name="fc2")(x)
+        return nn.Dense(width, kernel_init=xavier, dtype=self.dtype, name="fc2")(x).reshape(shape)
 
 
 class Block(nn.Module):

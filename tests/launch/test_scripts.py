@@ -111,7 +111,7 @@ def test_slurm_job_that_saved_queues_again_unless_it_was_cancelled(cluster, numb
     process.send_signal(number)
     if number == signal.SIGTERM:  # scancel signals all steps, with the batch script
         os.kill(int((cluster / "running").read_text()), signal.SIGTERM)
-    assert process.wait(timeout=20) == 75, process.stdout.read()
+    assert process.wait(timeout=20) == 75
     assert calls(cluster)[1:] == ["TERM", *["scontrol requeue 7"] * again]
 
 
