@@ -23,8 +23,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import measure
-from mim_jax.data.index_cache import CACHE_VARIABLE
 from mim_jax.data.folder import open_folder
+from mim_jax.data.index_cache import CACHE_VARIABLE
 
 _LOOKUPS = 10_000
 _LINKS = 1000  # to one file; file systems allow some ten thousand

@@ -30,6 +30,11 @@ def test_freed_memory_is_used_again_without_the_kernel():
     assert faults("assert keep_freed_memory()") < 100 < faults("")
 
 
+def test_a_machine_with_an_accelerator_is_left_as_it_is(monkeypatch):
+    monkeypatch.setattr(host_memory, "entry_points", lambda group: [group])
+    assert not host_memory.keep_freed_memory()
+
+
 def test_other_c_libraries_are_left_as_they_are(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     assert not host_memory.keep_freed_memory()

@@ -5,10 +5,10 @@
 A checkpoint is pre-trained on 50,000 grey images of Fashion-MNIST (28 x 28) without labels. The
 small set is 1,000 other images of it, made to look otherwise: 42 x 42 pixels, in colour, each with
 a tint of its own, half of them inverted. `mae:adapt` trains on them as on any folder of PNG files,
-once from the checkpoint (patch embedding and prediction are resized to three channels) and once from
-scratch, for the same number of epochs, each at the learning rate that is derived for it. Features are scored on
-2,000 test images of the same kind by a linear probe and k-NN, beside the checkpoint as it is, the
-untrained encoder and raw pixels.
+once from the checkpoint (patch embedding and prediction are resized to three channels) and once
+from scratch, for the same number of epochs, each at the learning rate that is derived for it.
+Features are scored on 2,000 test images of the same kind by a linear probe and k-NN, beside the
+checkpoint as it is, the untrained encoder and raw pixels.
 
 Settings were fixed before the runs that are reported. Runs are kept below --workdir and go on where
 they stopped. Result: benchmarks/results/adapt_fashion_mnist.json.
