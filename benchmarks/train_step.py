@@ -19,7 +19,6 @@ import jax
 import numpy as np
 
 from benchmarks import measure
-from mim_jax.host_memory import keep_freed_memory
 from mim_jax.training import sharding
 from mim_jax.training.experiment import Experiment
 from mim_jax.training.flops import peak_flops_of
@@ -131,5 +130,4 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()  # as the command line does
     main()

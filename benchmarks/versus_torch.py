@@ -33,7 +33,6 @@ import torch.nn.functional as F
 from benchmarks import measure
 from mim_jax import config as configs
 from mim_jax.data.on_device import normalize
-from mim_jax.host_memory import keep_freed_memory
 from mim_jax.methods.mae import MAE
 from mim_jax.training.experiment import Experiment
 
@@ -368,5 +367,4 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()  # as the command line does
     main()

@@ -37,6 +37,8 @@ def main() -> int:
     install(folder, binaries, sorted(extras))
     environment = dict(os.environ, PATH=f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}")
     environment["VIRTUAL_ENV"] = str(folder)
+    # On CPU, XLA asks for the memory of a step anew each time; huge pages make that cheap.
+    environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     if arguments[0] == "python":
         arguments[0] = str(binaries / "python")
     elif (binaries / arguments[0]).exists():

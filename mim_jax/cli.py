@@ -18,7 +18,6 @@ from rich.table import Table
 
 from mim_jax import __version__
 from mim_jax import config as configs
-from mim_jax.host_memory import keep_freed_memory
 
 USAGE = """\
 mim-jax: masked image modelling in JAX and Flax
@@ -526,8 +525,7 @@ def _require(values: flags.FlagValues, verb: str, name: str) -> None:
 
 
 def _start_jax() -> None:
-    """Keeps freed memory, and compiled programs unless the user chose a place for them already."""
-    keep_freed_memory()
+    """Keeps compiled programs between runs, unless the user chose a place already."""
     import jax
     from absl import logging
 

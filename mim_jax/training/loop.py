@@ -98,7 +98,6 @@ def train(
     """
     folder = Path(folder)
     config, settings = derive(config, folder, devices)
-    check_protocols(config.evaluate.protocols)
     source = training_source(config)
     experiment = Experiment.build(config, len(source), devices)
     check_protocols(config.evaluate.protocols, experiment.method)
