@@ -114,7 +114,7 @@ def pytorch_way(folder: Path, size: int, batch_size: int) -> Loader:
 
         torch.set_num_threads(1)
         # A data set by its methods; DataLoader asks for no base class.
-        batches: Any = DataLoader(dataset, batch_size, shuffle=True, drop_last=True)  # type: ignore[arg-type]
+        batches: Any = DataLoader(dataset, batch_size, shuffle=True, drop_last=True)  # type: ignore[arg-type, unused-ignore]
         return lambda: iter(batches)
 
     def load() -> Iterator[np.ndarray]:
