@@ -2,8 +2,9 @@
 
 import ml_collections
 
-VARIANTS = ("vit_b16", "vit_l16", "vit_h14", "tiny")
-"""The paper's three sizes on ImageNet-1K, and one that goes on from a run of `mae:tiny`."""
+VARIANTS = ("vit_b16", "vit_l16", "vit_h14", "adapt", "tiny")
+"""The paper's three sizes on ImageNet-1K, one that derives its settings from a folder of labelled
+images and the weights to start from, and one that goes on from a run of `mae:tiny`."""
 
 
 def get_config(variant: str = "vit_b16") -> ml_collections.ConfigDict:
@@ -64,6 +65,28 @@ def get_config(variant: str = "vit_b16") -> ml_collections.ConfigDict:
         config.epochs = 50.0
     if variant == "vit_h14":
         config.model.update(size="huge", drop_path=0.3, patch_size=(14, 14))
+    if variant == "adapt":
+        # All that is empty or 0 here is derived from the data, the weights and the devices.
+        config.model.update(
+            size="", patch_size=(), layer_decay=0.75, mixup=0.0, cutmix=0.0, erasing=0.0
+        )
+        config.data = dict(
+            source="",
+            split="",
+            image_size=(),
+            channels=0,
+            bits=0,
+            mean=(),
+            std=(),
+            crop_area=(0.3, 1),
+        )
+        config.batch_size = 0
+        config.epochs = 50.0
+        config.optimizer.base_lr = 1e-3
+        config.log = dict(every_steps=50)
+        config.checkpoint = dict(every_steps=500)
+        config.evaluate.crop_ratio = 1.0
+        config.export = dict(formats=("official", "timm"))
     if variant == "tiny":
         config.model.update(
             size="",

@@ -10,15 +10,18 @@ from safetensors.numpy import load_file
 from mim_jax.cli import main
 from mim_jax.conversion.weights import read_weights
 
+LENGTH = [
+    "--config.steps=4",
+    "--config.schedule.warmup_epochs=0",
+    "--config.log.every_steps=2",
+    "--config.log.tensorboard=False",
+]
 SMALL = [
     "--config.model.width=16",
     "--config.model.depth=2",
     "--config.model.heads=2",
     "--config.model.patch_size=(8, 8)",
-    "--config.steps=4",
-    "--config.schedule.warmup_epochs=0",
-    "--config.log.every_steps=2",
-    "--config.log.tensorboard=False",
+    *LENGTH,
 ]
 DECODER = [f"--config.model.decoder_{part}" for part in ("width=8", "depth=1", "heads=2")]
 
@@ -70,15 +73,20 @@ def test_the_same_command_again_does_nothing_new(adapted, images, capsys):
 @pytest.fixture(scope="module")
 def finetuned(adapted, images, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "finetuned"
-    config = json.loads((adapted / "config.json").read_text())["data"]
-    arguments = ["train", "--config", "finetune:tiny", "--data", str(images), "--workdir", str(run)]
-    fields = [
-        f"--config.data.{name}={tuple(config[name])}" for name in ("image_size", "mean", "std")
-    ]
-    more = ["--config.data.bits=16", "--config.batch_size=16", "--init-from", str(adapted)]
-    splits = ["--config.evaluate.test_split=train[:24]", "--config.model.pool=cls"]
-    assert main([*arguments, *SMALL, *fields, *more, *splits]) == 0
+    command = ["train", "--config", "finetune:adapt", "--data", str(images), "--workdir", str(run)]
+    more = ["--init-from", str(adapted), "--config.model.pool=cls", *LENGTH]
+    assert main([*command, *more, "--config.evaluate.test_split=train[:24]"]) == 0
     return run
+
+
+def test_fine_tuning_derives_model_and_images_from_the_run_and_the_data(adapted, finetuned):
+    before, now = (json.loads((run / "config.json").read_text()) for run in (adapted, finetuned))
+    for field in ("image_size", "channels", "bits", "mean", "std"):
+        assert now["data"][field] == before["data"][field]
+    for field in ("width", "depth", "heads", "patch_size"):
+        assert now["model"][field] == before["model"][field]
+    assert (now["model"]["num_classes"], now["data"]["split"]) == (2, "train")
+    assert (finetuned / "export" / "timm.md").is_file()
 
 
 def test_fine_tuning_reports_scores_and_draws_the_confusion_matrix(finetuned):

@@ -204,6 +204,9 @@ class _Derivation:
         self.set("evaluate.protocols", protocols, reason)
         if "evaluate.test_split" in self.fields:
             self._test_split()
+        else:
+            self.set("data.split", "train", "evaluate.test_split is set")
+            self.set("evaluate.train_split", "train", "evaluate.test_split is set")
 
     def _test_split(self) -> None:
         """The data's own test images, or else the last tenth of the images.
