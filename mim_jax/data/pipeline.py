@@ -91,8 +91,9 @@ def train_batches(
     Returns:
         A generator of dictionaries; call its `close()` to stop the threads and worker processes
         before its end.
-            image: uint8 `[local_batch, height, width, channels]`, 0..255.
-            label: int32 `[local_batch]`, only if the source is labelled.
+            image: uint8 or uint16 `[local_batch, height, width, channels]`, as the source gives.
+            label: int32 `[local_batch]`, or int8 `[local_batch, classes]` of several labels an
+                image (0 or 1 each), only if the source is labelled.
             index: int64 `[local_batch]`, the index of the row in the source (for an unreadable
                 example still its own, not that of its replacement).
             unreadable: bool `[local_batch]`, True where a replacement stands.
