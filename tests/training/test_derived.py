@@ -166,6 +166,16 @@ def test_a_config_that_leaves_nothing_open_reads_no_data(tmp_path):
     assert derive(config, tmp_path, DEVICE)[1] == []
 
 
+def test_weights_alone_tell_how_positions_are_spread(tmp_path):
+    given = tmp_path / "x.safetensors"
+    changes = {"data.image_size": (16, 16)}
+    write_state_dict(given, tiny_mae(changes).layout().save(tiny_params()))
+    other = {"data.image_size": (32, 32), "data.source": "folder:/nowhere"}
+    config, settings = derive(tiny_config({**other, "init_from": str(given)}), tmp_path, DEVICE)
+    assert config.model.position_grid == (4, 4)
+    assert [s.field for s in settings] == ["model.position_grid"]
+
+
 def test_without_data_the_message_says_how_to_give_them(tmp_path):
     with pytest.raises(ValueError, match="give a folder with --data"):
         derive(configs.load("mae:adapt"), tmp_path, DEVICE)
