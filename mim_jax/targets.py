@@ -57,3 +57,82 @@ def denormalize_patches(prediction: jax.Array, target: jax.Array) -> jax.Array:
     """
     mean, deviation = patch_statistics(target)
     return prediction * deviation + mean
+
+
+def hog(images: jax.Array, cell_size: int = 8, bins: int = 9) -> jax.Array:
+    """Histograms of oriented gradients, as DMJD takes them (official code).
+
+    Gradients are differences of the two neighbours along an axis, zero at its ends. The magnitude
+    of every pixel goes into the bin of its angle modulo 180 degrees; a cell's histogram is the sum
+    over its pixels, divided by their number. There is no interpolation between bins and no
+    normalization of blocks.
+
+    Args:
+        images: `[batch, height, width, channels]` in 0..255.
+        cell_size: side of a cell in pixels.
+        bins: number of orientations in [0, 180) degrees.
+
+    Returns:
+        float32 `[batch, cell_rows, cell_columns, bins, channels]`.
+
+    Raises:
+        ValueError: if the cells do not tile the images.
+    """
+    batch, height, width, channels = images.shape
+    rows, columns = token_grid((height, width), (cell_size, cell_size))
+    values = images.astype(jnp.float32)
+    inner = ((0, 0), (1, 1), (0, 0), (0, 0))
+    down = jnp.pad(values[:, 2:] - values[:, :-2], inner)
+    inner = ((0, 0), (0, 0), (1, 1), (0, 0))
+    right = jnp.pad(values[:, :, 2:] - values[:, :, :-2], inner)
+    magnitude = jnp.sqrt(down**2 + right**2)
+    # Where nothing changes along the height the angle is 0 or 180, which is the same orientation;
+    # computed, the latter may come out just below 180, in the last bin.
+    degrees = jnp.where(down == 0, 0, jnp.rad2deg(jnp.arctan2(down, right)) % 180)
+    place = jnp.minimum(jnp.floor(degrees / (180 / bins)), bins - 1)
+
+    def cell_mean(pixels: jax.Array) -> jax.Array:
+        cells = pixels.reshape(batch, rows, cell_size, columns, cell_size, channels)
+        return cells.mean(axis=(2, 4))
+
+    return jnp.stack([cell_mean(jnp.where(place == k, magnitude, 0)) for k in range(bins)], axis=-2)
+
+
+def hog_tokens(histograms: jax.Array, cells: int = 2) -> jax.Array:
+    """Standardized histograms of every token (DMJD, official code).
+
+    Args:
+        histograms: `[batch, cell_rows, cell_columns, bins, channels]` of `hog`.
+        cells: cells along each side of a token.
+
+    Returns:
+        `[batch, tokens, cells * cells * bins * channels]`, tokens in row-major order, values in
+        the order (cell row, cell column, orientation, channel). Every histogram has mean 0 and
+        variance 1 over its bins; one without any gradient is 0.
+    """
+    whitened = whiten(histograms, axis=-2)
+    return patchify(whitened.reshape(*whitened.shape[:3], -1), (cells, cells))
+
+
+def whiten(features: jax.Array, epsilon: float = 1e-5, axis: int = -1) -> jax.Array:
+    """Zero mean and unit (biased) variance along one axis: LayerNorm without scale and bias."""
+    features = features.astype(jnp.float32)
+    mean = features.mean(axis=axis, keepdims=True)
+    variance = features.var(axis=axis, keepdims=True)
+    return (features - mean) / jnp.sqrt(variance + epsilon)
+
+
+def unit_length(features: jax.Array) -> jax.Array:
+    """Vectors along the last axis divided by their length, in float32; zero stays zero."""
+    features = features.astype(jnp.float32)
+    squares = jnp.sum(features**2, axis=-1, keepdims=True)
+    return features * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))
+
+
+def batch_normalized(features: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+    """Features minus their mean, by their deviation, both over the whole array (MaskAlign, `bn`).
+
+    The variance is unbiased. Array axes that are sharded over devices count as a whole.
+    """
+    features = features.astype(jnp.float32)
+    return (features - features.mean()) / jnp.sqrt(features.var(ddof=1) + epsilon)
