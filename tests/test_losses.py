@@ -7,9 +7,12 @@ from scipy.special import log_softmax
 from sklearn.metrics import log_loss
 
 from mim_jax.losses import (
+    absolute_error,
     binary_cross_entropy,
+    cosine_distance,
     cross_entropy,
     masked_mean,
+    smooth_l1,
     smoothed_targets,
     soft_cross_entropy,
     squared_error,
@@ -37,6 +40,53 @@ def test_squared_error_is_computed_in_float32():
     error = squared_error(prediction, target)
     assert error.dtype == jnp.float32
     assert error == 0.5
+
+
+@few
+@given(seeds, st.sampled_from([0.5, 1.0, 2.0]))
+def test_smooth_l1_is_a_parabola_near_zero_and_a_line_beyond_beta(seed, beta):
+    prediction, target = 3 * draw(seed, 2, 5, 7), draw(seed + 1, 2, 5, 7)
+    distance = np.abs(prediction.astype(np.float64) - target)
+    exact = np.where(distance < beta, distance**2 / (2 * beta), distance - beta / 2).mean(axis=-1)
+    np.testing.assert_allclose(smooth_l1(prediction, target, beta), exact, rtol=1e-5)
+
+
+def test_smooth_l1_of_the_papers():
+    small, large = jnp.asarray([[0.5]]), jnp.asarray([[3.0]])
+    zero = jnp.zeros((1, 1))
+    # MaskAlign: twice Huber's loss, which is the square for small errors.
+    np.testing.assert_allclose(2 * smooth_l1(small, zero), [0.25])
+    np.testing.assert_allclose(2 * smooth_l1(large, zero), [5.0])
+    # DMJD: d^2 / 4 below 2, |d| - 1 above.
+    np.testing.assert_allclose(smooth_l1(small, zero, beta=2), [0.0625])
+    np.testing.assert_allclose(smooth_l1(large, zero, beta=2), [2.0])
+
+
+def test_absolute_error_is_the_mean_distance():
+    prediction, target = draw(0, 2, 3, 4), draw(1, 2, 3, 4)
+    np.testing.assert_allclose(
+        absolute_error(prediction, target), np.abs(prediction - target).mean(axis=-1), rtol=1e-5
+    )
+
+
+@few
+@given(seeds)
+def test_cosine_distance_ignores_lengths_and_lies_between_zero_and_two(seed):
+    prediction, target = draw(seed, 3, 4, 6), draw(seed + 1, 3, 4, 6)
+    distance = np.asarray(cosine_distance(prediction, target))
+    assert distance.shape == (3, 4)
+    assert np.all((distance >= 0) & (distance <= 2))
+    np.testing.assert_allclose(cosine_distance(5 * prediction, target), distance, atol=1e-5)
+    np.testing.assert_allclose(cosine_distance(target, 2 * target), 0, atol=1e-5)
+    np.testing.assert_allclose(cosine_distance(target, -target), 2, atol=1e-5)
+
+
+def test_errors_of_features_are_computed_in_float32():
+    prediction = jnp.asarray([256.0, 1.0], jnp.bfloat16)
+    target = jnp.asarray([257.0, 1.0], jnp.float32)  # 257 does not exist in bfloat16
+    for loss in (absolute_error, smooth_l1, cosine_distance):
+        assert loss(prediction, target).dtype == jnp.float32
+    assert absolute_error(prediction, target) == 0.5
 
 
 def test_masked_mean_divides_by_the_global_count():

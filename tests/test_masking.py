@@ -7,12 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mim_jax.masking import (
+    block_grid,
+    block_tokens,
+    complementary_views,
+    disjoint_counts,
+    disjoint_masking,
     gather_tokens,
     num_kept,
     num_tokens,
     random_masking,
     restore_tokens,
     token_grid,
+    weighted_masking,
 )
 
 few = settings(max_examples=15, deadline=None)
@@ -221,3 +227,175 @@ def test_image_and_patch_of_different_rank_are_an_error():
 def test_a_patch_without_pixels_is_an_error():
     with pytest.raises(ValueError, match="at least 1 pixel"):
         token_grid((224, 224), (0, 16))
+
+
+WEIGHTS = np.asarray([0.3, 0.02, 0.1, 0.25, 0.08], np.float32)  # adds up to 0.75, not 1
+
+
+def weighted_draws(samples: int, weights: np.ndarray = WEIGHTS, kept: int = 2):
+    exponential = jax.random.exponential(jax.random.key(2), (samples, len(weights)))
+    return weighted_masking(exponential, jnp.broadcast_to(weights, exponential.shape), kept)
+
+
+def shares(weights: np.ndarray) -> np.ndarray:
+    return weights.astype(np.float64) / weights.sum(dtype=np.float64)
+
+
+def test_the_first_of_the_weighted_tokens_follows_the_weights():
+    samples = 10_000
+    first = np.asarray(weighted_draws(samples).keep_ids[:, 0])
+    counts = np.bincount(first, minlength=len(WEIGHTS))
+    assert scipy.stats.chisquare(counts, samples * shares(WEIGHTS)).pvalue > 1e-3
+
+
+def test_the_second_weighted_token_follows_the_weights_of_those_that_are_left():
+    pairs = np.asarray(weighted_draws(20_000).keep_ids)
+    second = pairs[pairs[:, 0] == 0, 1]
+    assert 0 not in second
+    counts = np.bincount(second, minlength=len(WEIGHTS))[1:]
+    assert scipy.stats.chisquare(counts, counts.sum() * shares(WEIGHTS[1:])).pvalue > 1e-3
+
+
+@few
+@given(noise_and_kept(), seeds)
+def test_every_weighted_draw_is_a_permutation(case, seed):
+    noise, kept = case
+    exponential = -np.log1p(-noise)
+    masking = weighted_masking(exponential, jnp.asarray(draw_noise(seed, *noise.shape)), kept)
+    np.testing.assert_array_equal(
+        np.sort(masking.restore_ids, axis=1),
+        np.broadcast_to(np.arange(noise.shape[1]), noise.shape),
+    )
+    np.testing.assert_array_equal(masking.mask.sum(axis=1), noise.shape[1] - kept)
+
+
+def test_tokens_of_weight_zero_are_drawn_last_even_at_zero_noise():
+    weights = jnp.asarray([[0.0, 0.5, 0.0, 1e-30]])
+    masking = weighted_masking(jnp.asarray([[0.0, 1.0, 5.0, 2.0]]), weights, 2)
+    np.testing.assert_array_equal(masking.keep_ids, [[1, 3]])
+    np.testing.assert_array_equal(masking.restore_ids, [[2, 0, 3, 1]])
+
+
+def test_equal_weights_are_plain_random_masking():
+    noise = draw_noise(0, 4, 10)
+    weighted = weighted_masking(noise, jnp.full(noise.shape, 0.1), 3)
+    for ours, plain in zip(weighted, random_masking(jnp.asarray(noise), 3), strict=True):
+        np.testing.assert_array_equal(ours, plain)
+
+
+@few
+@given(st.sampled_from([(2, 16, 4), (3, 6, 3), (1, 4, 1)]), seeds)
+def test_complementary_views_show_every_token_exactly_once(sizes, seed):
+    batch, tokens, views = sizes
+    masking = complementary_views(jnp.asarray(draw_noise(seed, batch, tokens)), views)
+    kept = tokens // views
+    assert masking.keep_ids.shape == (views * batch, kept)
+    shown = 1 - np.asarray(masking.mask).reshape(views, batch, tokens)
+    np.testing.assert_array_equal(shown.sum(axis=0), 1)
+    for keep, restore in zip(masking.keep_ids, masking.restore_ids, strict=True):
+        np.testing.assert_array_equal(restore[keep], np.arange(kept))
+        assert sorted(restore) == list(range(tokens))
+
+
+def test_the_first_of_the_complementary_views_is_plain_random_masking():
+    noise = jnp.asarray(draw_noise(3, 2, 8))
+    for ours, plain in zip(complementary_views(noise, 4), random_masking(noise, 2), strict=True):
+        np.testing.assert_array_equal(ours[:2], plain)
+
+
+def test_views_that_cannot_be_equal_are_an_error():
+    with pytest.raises(ValueError, match="10 tokens cannot be cut into 4 equal views"):
+        complementary_views(jnp.zeros((1, 10)), 4)
+
+
+compiled_views = jax.jit(disjoint_masking, static_argnums=(3, 4))
+
+
+def two_views(seed: int, units: int, ratio: float, prediction: float, blocks=None, batch: int = 3):
+    kept, swapped = disjoint_counts(units, ratio, prediction)
+    random = np.random.default_rng(seed)
+    return compiled_views(
+        jnp.asarray(draw_noise(seed, batch, units)),
+        jnp.asarray(random.permutation(kept)),
+        jnp.asarray(random.permutation(units - kept)),
+        swapped,
+        blocks,
+    )
+
+
+# units, mask ratio, prediction ratio, grid of blocks
+VIEWS = [
+    (49, 0.6, 1.0, (7, 7)),
+    (36, 0.75, 1.0, None),
+    (12, 0.5, 1.0, (3, 4)),
+    (40, 0.6, 0.8, None),
+    (20, 0.3, 0.9, None),
+]
+
+
+@few
+@given(st.sampled_from(VIEWS), seeds)
+def test_two_views_mask_equally_many_tokens_and_their_orders_are_permutations(sizes, seed):
+    units, ratio, prediction, blocks = sizes
+    masking = two_views(seed, units, ratio, prediction, blocks)
+    size = 4 if blocks else 1
+    kept = size * int(units * (1 - ratio))
+    assert masking.keep_ids.shape == (6, kept)
+    np.testing.assert_array_equal(masking.mask.sum(axis=1), size * units - kept)
+    for keep, restore in zip(masking.keep_ids, masking.restore_ids, strict=True):
+        np.testing.assert_array_equal(restore[keep], np.arange(kept))
+        assert sorted(restore) == list(range(size * units))
+
+
+@few
+@given(st.sampled_from(VIEWS), seeds)
+def test_the_share_of_tokens_masked_in_some_view_is_the_prediction_ratio(sizes, seed):
+    units, ratio, prediction, blocks = sizes
+    masked = np.asarray(two_views(seed, units, ratio, prediction, blocks).mask).reshape(2, 3, -1)
+    union = masked.max(axis=0).mean(axis=1)
+    # Both counts are rounded down, so the share misses by less than two units.
+    reachable = min(prediction, 2 * ratio)
+    np.testing.assert_allclose(union, reachable, atol=2 / units)
+    if prediction == 1 and ratio >= 0.5:
+        np.testing.assert_array_equal(union, 1)
+        shown = 1 - masked
+        assert not np.any(shown[0] * shown[1])
+
+
+@few
+@given(seeds)
+def test_blocks_are_masked_as_a_whole(seed):
+    mask = np.asarray(two_views(seed, 12, 0.5, 1.0, (3, 4)).mask).reshape(-1, 3, 2, 4, 2)
+    np.testing.assert_array_equal(mask.min(axis=(2, 4)), mask.max(axis=(2, 4)))
+
+
+def test_the_permutations_are_those_of_the_whole_batch():
+    # Where two images have the same noise, their second views agree as well.
+    noise = jnp.asarray(np.repeat(draw_noise(0, 1, 12), 2, axis=0))
+    masking = disjoint_masking(noise, jnp.asarray([2, 0, 1, 3]), jnp.arange(8)[::-1], 3)
+    np.testing.assert_array_equal(masking.keep_ids[2], masking.keep_ids[3])
+
+
+def test_tokens_of_a_block_are_its_four_corners_in_turn():
+    ids = block_tokens(jnp.asarray([[0, 5]]), (2, 3))  # a grid of 4 x 6 tokens
+    np.testing.assert_array_equal(ids, [[0, 16, 1, 17, 6, 22, 7, 23]])
+
+
+def test_an_odd_grid_has_no_blocks():
+    assert block_grid((14, 10)) == (7, 5)
+    with pytest.raises(ValueError, match=r"7 x 14 tokens cannot be cut .* both sides are even"):
+        block_grid((7, 14))
+
+
+@pytest.mark.parametrize("prediction", [0.5, 1.1])
+def test_a_prediction_ratio_below_the_mask_ratio_or_above_one_is_an_error(prediction):
+    with pytest.raises(ValueError, match=r"must lie between mask_ratio 0\.6 and 1"):
+        disjoint_counts(49, 0.6, prediction)
+
+
+@pytest.mark.parametrize(
+    ("units", "ratio", "prediction", "counts"),
+    [(49, 0.6, 1.0, (19, 19)), (196, 0.6, 1.0, (78, 78)), (49, 0.6, 0.8, (19, 9))],
+)
+def test_counts_of_the_published_settings(units, ratio, prediction, counts):
+    assert disjoint_counts(units, ratio, prediction) == counts
