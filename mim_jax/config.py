@@ -62,6 +62,13 @@ def defaults() -> ml_collections.ConfigDict:
                 # Random resized crop: share of the area, aspect ratio.
                 crop_area=(0.2, 1.0),
                 crop_aspect=(3 / 4, 4 / 3),
+                # A second rendering of the same crop for a network that makes targets, such as
+                # (112, 112): the batch entry target_image; () for none.
+                target_size=(),
+                # "bicubic", "bilinear" or "lanczos".
+                target_interpolation="bicubic",
+                # Largest random change of brightness, contrast and saturation before the crop.
+                color_jitter=(0.0, 0.0, 0.0),
                 flip=True,
                 # RandAugment after the crop, such as "rand-m9-mstd0.5-inc1"; "" for none.
                 augment="",
@@ -339,6 +346,21 @@ def resolve(config: ml_collections.ConfigDict, platform: str) -> ml_collections.
         raise ValueError(
             f"data.augment {config.data.augment!r} needs images of 8 bits; set it to '', or "
             "data.bits to 8."
+        )
+    if any(config.data.color_jitter) and config.data.bits == 16:
+        raise ValueError(
+            f"data.color_jitter {config.data.color_jitter} needs images of 8 bits; set it to "
+            "(0, 0, 0), or data.bits to 8."
+        )
+    size = config.data.target_size
+    if size and not (len(size) == 2 and all(type(side) is int and side > 0 for side in size)):
+        raise ValueError(
+            f"data.target_size is {size}; give height and width in pixels, or () for none."
+        )
+    if config.data.augment and size:
+        raise ValueError(
+            f"data.augment {config.data.augment!r} would change only one of the two renderings "
+            "that data.target_size asks for; set it to '', or data.target_size to ()."
         )
     if config.compute_dtype == "auto":
         config.compute_dtype = "float32" if platform == "cpu" else "bfloat16"

@@ -230,9 +230,10 @@ class Method(abc.ABC):
         """
         for name, wanted in self.inputs.items():
             if name not in batch:
+                mend = _mend_of_target(wanted) if name == "target_image" else ""
                 raise ValueError(
                     f"method {type(self).__name__} needs the batch entry {name!r}, but the data "
-                    f"gives only {sorted(batch)}."
+                    f"gives only {sorted(batch)}.{mend}"
                 )
             given = batch[name]
             kind = "f" if str(given.dtype) == "bfloat16" else np.dtype(given.dtype).kind
@@ -246,11 +247,16 @@ class Method(abc.ABC):
             )
             if not fits:
                 text = ", ".join("any" if size is None else str(size) for size in wanted.shape)
+                mend = " Set data.image_size and data.channels to what the data has."
                 raise ValueError(
                     f"batch entry {name!r} has shape [batch, {', '.join(map(str, shape))}]; the "
-                    f"method expects [batch, {text}]. Set data.image_size and data.channels to "
-                    "what the data has."
+                    f"method expects [batch, {text}]."
+                    + (_mend_of_target(wanted) if name == "target_image" else mend)
                 )
+
+
+def _mend_of_target(wanted: Input) -> str:
+    return f" Set data.target_size to {wanted.shape[:2]}."
 
 
 def parameter_shapes(method: Method) -> Any:

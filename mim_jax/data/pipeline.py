@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import grain
@@ -27,6 +27,7 @@ __all__ = ["batch_indices", "evaluation_batches", "steps_per_epoch", "train_batc
 
 Batch = dict[str, np.ndarray]
 Batches = Generator[Batch, None, None]
+TrainTransform = Callable[[np.ndarray, np.random.Generator], np.ndarray | Mapping[str, np.ndarray]]
 
 # A source that has this many bad examples in a row is broken as a whole.
 MAX_REPLACEMENTS = 100
@@ -41,7 +42,7 @@ _log = logging.getLogger(__name__)
 
 def train_batches(
     source: Source,
-    transform: Callable[[np.ndarray, np.random.Generator], np.ndarray],
+    transform: TrainTransform,
     *,
     batch_size: int,
     seed: int,
@@ -68,8 +69,9 @@ def train_batches(
 
     Args:
         source: what to read; see `open_source`.
-        transform: `(image, rng) -> image`, such as `RandomResizedCrop`; it may use no other
-            randomness, and all its results must have one shape.
+        transform: `(image, rng) -> image`, such as `RandomResizedCrop`, or several images by
+            name, such as `CropWithTarget`; it may use no other randomness, and all its results
+            must have one shape.
         batch_size: rows per step over all processes.
         seed: of the run, 0 <= seed < 2**64.
         start_step: first step to give.
@@ -92,6 +94,7 @@ def train_batches(
         A generator of dictionaries; call its `close()` to stop the threads and worker processes
         before its end.
             image: uint8 or uint16 `[local_batch, height, width, channels]`, as the source gives.
+            target_image: the same of another height and width, only if the transform gives it.
             label: int32 `[local_batch]`, or int8 `[local_batch, classes]` of several labels an
                 image (0 or 1 each), only if the source is labelled.
             index: int64 `[local_batch]`, the index of the row in the source (for an unreadable
@@ -175,7 +178,7 @@ class _TrainRows:
     """Makes rows of a training batch; picklable, and safe to call from several threads."""
 
     source: Source
-    transform: Callable[[np.ndarray, np.random.Generator], np.ndarray]
+    transform: TrainTransform
     batch_size: int
     seed: int
     timed: bool = False
@@ -235,7 +238,7 @@ class _BatchBuffer:
     """Collects rows into arrays that are allocated once the first image shows its shape."""
 
     def __init__(self, size: int) -> None:
-        self._images: np.ndarray | None = None
+        self._images: dict[str, np.ndarray] = {}
         self._labels: np.ndarray | None = None
         self._size = size
         self._indices = np.full(size, -1, np.int64)
@@ -245,35 +248,38 @@ class _BatchBuffer:
         self,
         row: int,
         index: int,
-        image: np.ndarray,
+        image: np.ndarray | Mapping[str, np.ndarray],
         label: int | np.ndarray | None,
         unreadable: bool,
     ) -> None:
-        if self._images is None:
-            self._images = np.zeros((self._size, *image.shape), image.dtype)
+        images = image if isinstance(image, Mapping) else {"image": image}
+        if not self._images:
+            for name, given in images.items():
+                self._images[name] = np.zeros((self._size, *given.shape), given.dtype)
             if label is not None:
                 # Of several labels an example has 0 or 1 for each class; -1 marks an empty row.
                 kind = np.int8 if np.ndim(label) else np.int32
                 self._labels = np.full((self._size, *np.shape(label)), -1, kind)
-        if image.shape != self._images.shape[1:]:
-            raise ValueError(
-                f"example {index} has shape {image.shape} after the transform, but the others of "
-                f"its batch have {self._images.shape[1:]}; the transform must give one shape"
-            )
-        if image.dtype != self._images.dtype:
-            raise ValueError(
-                f"example {index} is {image.dtype}, but the others of its batch are "
-                f"{self._images.dtype}; open all sources with the same bits"
-            )
-        self._images[row] = image
+        for name, given in images.items():
+            rows = self._images[name]
+            if given.shape != rows.shape[1:]:
+                raise ValueError(
+                    f"example {index} has shape {given.shape} after the transform, but the others "
+                    f"of its batch have {rows.shape[1:]}; the transform must give one shape"
+                )
+            if given.dtype != rows.dtype:
+                raise ValueError(
+                    f"example {index} is {given.dtype}, but the others of its batch are "
+                    f"{rows.dtype}; open all sources with the same bits"
+                )
+            rows[row] = given
         if self._labels is not None:
             self._labels[row] = label
         self._indices[row] = index
         self._unreadable[row] = unreadable
 
     def arrays(self) -> Batch:
-        assert self._images is not None
-        arrays = {"image": self._images, "index": self._indices, "unreadable": self._unreadable}
+        arrays = {**self._images, "index": self._indices, "unreadable": self._unreadable}
         if self._labels is not None:
             arrays["label"] = self._labels
         return arrays

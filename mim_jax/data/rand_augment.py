@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -191,9 +192,9 @@ class Composed:
         steps: each `(image, rng) -> image`.
     """
 
-    steps: tuple[Callable[[np.ndarray, np.random.Generator], np.ndarray], ...]
+    steps: tuple[Callable[[np.ndarray, np.random.Generator], Any], ...]
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> Any:
         """Return what the last step gives; every step draws from the same `rng`."""
         for step in self.steps:
             image = step(image, rng)

@@ -67,9 +67,12 @@ class RandomResizedCrop:
         Returns:
             `[size[0], size[1], channels]` of the same type.
         """
+        return resized(self.cut(image, rng), self.size, self.interpolation, self.backend)
+
+    def cut(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Return a random box of `image`, not resized."""
         top, left, height, width = self.box(image.shape[0], image.shape[1], rng)
-        crop = image[top : top + height, left : left + width]
-        return resized(crop, self.size, self.interpolation, self.backend)
+        return image[top : top + height, left : left + width]
 
     def box(self, height: int, width: int, rng: np.random.Generator) -> Box:
         """Return the box (top, left, height, width) to cut from a `height` x `width` image."""
@@ -99,6 +102,36 @@ class RandomResizedCrop:
         elif width / height > widest:
             box_width = round(height * widest)
         return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+@dataclasses.dataclass(frozen=True)
+class CropWithTarget:
+    """A random crop that is rendered twice: for the model, and for a network that makes targets.
+
+    Both show the same box of the image; nothing is drawn beyond what `crop` draws (the two
+    pictures of BEiT and CAE, `RandomResizedCropAndInterpolationWithTwoPic`).
+
+    Attributes:
+        crop: chooses the box and renders the first.
+        target_size: height and width of the second in pixels.
+        target_interpolation: `bicubic`, `bilinear` or `lanczos`.
+    """
+
+    crop: RandomResizedCrop
+    target_size: Size
+    target_interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        _check_size(self.target_size)
+        _check_resize_options(self.target_interpolation, self.crop.backend)
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Return `image` and `target_image`, see `RandomResizedCrop`."""
+        crop, cut = self.crop, self.crop.cut(image, rng)
+        return {
+            "image": resized(cut, crop.size, crop.interpolation, crop.backend),
+            "target_image": resized(cut, self.target_size, self.target_interpolation, crop.backend),
+        }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,9 +20,11 @@ from mim_jax.data import (
     steps_per_epoch,
     train_batches,
 )
+from mim_jax.data.color_jitter import ColorJitter
 from mim_jax.data.on_device import normalize, random_flip
-from mim_jax.data.pipeline import Batches
+from mim_jax.data.pipeline import Batches, TrainTransform
 from mim_jax.data.rand_augment import Composed, RandAugment
+from mim_jax.data.transforms import CropWithTarget
 from mim_jax.method import Batch, Method, method_class
 from mim_jax.training import sharding, step
 from mim_jax.training.flops import count_flops
@@ -117,22 +119,30 @@ class Experiment:
         """A batch of zeros without memory of its own, where no data are at hand."""
         rows = self.config.batch_size
         samples = np.uint16 if self.config.data.bits == 16 else np.uint8
+        pictures = ("image", "target_image")
         kinds = {"float": np.float32, "int": np.int32}
         return {
             name: np.broadcast_to(
-                np.zeros((), samples if name == "image" else kinds[wanted.dtype]),
+                np.zeros((), samples if name in pictures else kinds[wanted.dtype]),
                 (rows, *(size or 1 for size in wanted.shape)),
             )
             for name, wanted in self.method.inputs.items()
         }
 
     def prepare(self, batch: Batch, rng: jax.Array) -> Batch:
-        """What the step does first: flips, and normalizes integer images to float32."""
+        """What the step does first: flips, and normalizes integer images to float32.
+
+        A `target_image` is flipped where its `image` is, and scaled to [0, 1]; what else the
+        network that reads it expects, the method applies.
+        """
         data = self.config.data
-        images = batch["image"]
-        if data.flip:
-            images = random_flip(rng, images)
-        return {**batch, "image": normalize(images, data.mean, data.std)}
+        statistics = {"image": (data.mean, data.std), "target_image": ((0.0,), (1.0,))}
+        prepared = dict(batch)
+        for name, (mean, std) in statistics.items():
+            if name in batch:
+                images = random_flip(rng, batch[name]) if data.flip else batch[name]
+                prepared[name] = normalize(images, mean, std)
+        return prepared
 
     def _initial(self, shapes: HostShapes) -> TrainState:
         batch = {
@@ -242,8 +252,8 @@ def training_batches(
     )
 
 
-def training_crop(config: ml_collections.ConfigDict) -> RandomResizedCrop | Composed:
-    """The random resized crop of a config, and what `data.augment` adds to it."""
+def training_crop(config: ml_collections.ConfigDict) -> TrainTransform:
+    """The random resized crop of a config, and what other fields of `data` add to it."""
     data = config.data
     crop = RandomResizedCrop(
         tuple(data.image_size),
@@ -251,6 +261,11 @@ def training_crop(config: ml_collections.ConfigDict) -> RandomResizedCrop | Comp
         aspect=tuple(data.crop_aspect),
         backend=data.backend,
     )
-    if not data.augment:
-        return crop
-    return Composed((crop, RandAugment.from_string(data.augment, data.mean)))
+    steps: list[TrainTransform] = [crop]
+    if data.target_size:
+        steps = [CropWithTarget(crop, tuple(data.target_size), data.target_interpolation)]
+    if any(data.color_jitter):
+        steps.insert(0, ColorJitter(*data.color_jitter))
+    if data.augment:
+        steps.append(RandAugment.from_string(data.augment, data.mean))
+    return steps[0] if len(steps) == 1 else Composed(tuple(steps))

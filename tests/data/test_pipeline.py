@@ -19,6 +19,7 @@ from mim_jax.data import (
 from mim_jax.data.decode import UnreadableImage
 from mim_jax.data.pipeline import Batch, Batches, batch_indices, readable_element
 from mim_jax.data.sources import ArraySource
+from mim_jax.data.transforms import CropWithTarget
 from tests.data.images import write_images
 
 CROP = RandomResizedCrop((12, 10))
@@ -77,6 +78,21 @@ def test_batch_has_the_promised_arrays() -> None:
     np.testing.assert_array_equal(batch["label"], batch["index"])
     np.testing.assert_array_equal(batch["index"], batch_indices(20, 6, 0, 0))
     assert not batch["unreadable"].any()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_second_rendering_is_one_more_entry_and_changes_no_other(workers: int) -> None:
+    options = {"batch_size": 6, "seed": 3, "num_steps": 4}
+    source = open_source("embedded", "test")
+    plain = collect(train_batches(source, CROP, **options))
+    twice = collect(train_batches(source, CropWithTarget(CROP, (6, 5)), workers=workers, **options))
+    for batch in twice:
+        target = batch.pop("target_image")
+        assert target.shape == (6, 6, 5, 1) and target.dtype == np.uint8
+        # The same picture, smaller: the mean of its pixels is nearly that of the first.
+        means = [x.mean(axis=(1, 2, 3)) for x in (target.astype(float), batch["image"])]
+        assert np.corrcoef(means)[0, 1] > 0.99
+    assert_same(twice, plain)
 
 
 def test_unlabelled_source_gives_no_label() -> None:

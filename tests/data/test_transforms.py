@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mim_jax.data.resize import resized
-from mim_jax.data.transforms import EvaluationCrop, RandomResizedCrop
+from mim_jax.data.transforms import CropWithTarget, EvaluationCrop, RandomResizedCrop
 from tests.data.images import random_samples, smooth_image
 
 BACKENDS = ["opencv", "pillow"]
@@ -224,8 +224,43 @@ def test_backends_agree_on_smooth_images(size: tuple[int, int]) -> None:
     assert np.abs(by_backend[0] - by_backend[1]).mean() < 3
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_both_renderings_of_a_crop_show_the_same_box(backend: str) -> None:
+    image = smooth_image(60, 50)
+    crop = RandomResizedCrop((32, 24), area=(0.1, 0.6), backend=backend)
+    for seed in range(5):
+        pictures = CropWithTarget(crop, (12, 16), "lanczos")(image, np.random.default_rng(seed))
+        # The first is what the crop alone gives, from the same draws and no more.
+        np.testing.assert_array_equal(pictures["image"], crop(image, np.random.default_rng(seed)))
+        box = crop.box(60, 50, np.random.default_rng(seed))
+        cut = image[box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
+        expected = resized(cut, (12, 16), "lanczos", backend)
+        np.testing.assert_array_equal(pictures["target_image"], expected)
+
+
+def test_the_two_renderings_draw_what_the_crop_alone_draws() -> None:
+    image, crop = smooth_image(60, 50), RandomResizedCrop((8, 8))
+    alone, twice = np.random.default_rng(0), np.random.default_rng(0)
+    crop(image, alone)
+    CropWithTarget(crop, (4, 4))(image, twice)
+    assert alone.random() == twice.random()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_size": (8,)}, r"size must be \(height, width\) in whole pixels"),
+        ({"target_interpolation": "box"}, "unknown interpolation 'box'; use one of bicubic"),
+    ],
+)
+def test_bad_options_of_a_second_rendering_are_errors(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CropWithTarget(RandomResizedCrop((8, 8)), **{"target_size": (4, 4), **options})
+
+
 def test_transforms_can_be_pickled_and_compared() -> None:
-    for transform in (RandomResizedCrop((8, 8)), EvaluationCrop((8, 8))):
+    crop = RandomResizedCrop((8, 8))
+    for transform in (crop, EvaluationCrop((8, 8)), CropWithTarget(crop, (4, 4))):
         assert pickle.loads(pickle.dumps(transform)) == transform
 
 
