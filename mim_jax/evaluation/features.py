@@ -18,6 +18,9 @@ HostBatch = Mapping[str, np.ndarray]
 POOLS = ("method", "mean")
 """The paper's own representation, and the mean of the patch tokens."""
 
+TOKENS = "tokens"
+"""In place of a pool: the patch tokens themselves, for probes that look at each."""
+
 
 def extract_features(
     method: Method,
@@ -41,17 +44,19 @@ def extract_features(
             exist, `label` int `[batch]` and `valid` bool `[batch]`: see `evaluation_batches`.
         mean: of each channel, for values in [0, 1].
         std: standard deviation of each channel, for values in [0, 1].
-        pool: one of `POOLS`.
+        pool: one of `POOLS`, or `TOKENS`.
 
     Returns:
-        Features float32 `[examples, width]`, and labels int32 `[examples]` or None.
+        Features float32 `[examples, width]`, of `TOKENS` `[examples, tokens, width]`, and labels
+        int32 `[examples]` (`[examples, classes]` of multi-label data) or None.
 
     Raises:
         ValueError: an unknown pool, images that are float already, no valid example, or a batch
             that the method does not accept.
     """
     mesh = mesh_of(variables)
-    forward = _forward(method, tuple(mean), tuple(std), check_pool(pool), mesh)
+    pool = pool if pool == TOKENS else check_pool(pool)
+    forward = _forward(method, tuple(mean), tuple(std), pool, mesh)
 
     def features_of(batch: HostBatch) -> np.ndarray:
         check_unnormalized(batch["image"])
@@ -85,6 +90,18 @@ def pooled(features: Features, pool: str) -> jax.Array:
     if check_pool(pool) == "mean":
         return jnp.mean(features.tokens.astype(jnp.float32), axis=1)
     return features.pooled.astype(jnp.float32)
+
+
+def all_tokens(features: Features) -> jax.Array:
+    """The class token and the patches, float32 `[batch, 1 + tokens, width]`.
+
+    In place of a class token stands what the method's paper evaluates, since `Features` do not
+    hold one apart; where that is no vector of a token's width, there are the patches alone.
+    """
+    tokens = features.tokens.astype(jnp.float32)
+    if features.pooled.shape[1:] != tokens.shape[2:]:
+        return tokens
+    return jnp.concatenate([features.pooled.astype(jnp.float32)[:, None], tokens], axis=1)
 
 
 def check_pool(pool: str) -> str:
@@ -149,7 +166,10 @@ def _forward(
         # What only the loss needs (captions, second views) may be absent here.
         if set(method.inputs) <= set(batch):
             method.check(batch)
-        return pooled(method.features(variables, batch), pool)
+        features = method.features(variables, batch)
+        if pool == TOKENS:
+            return features.tokens.astype(jnp.float32)
+        return pooled(features, pool)
 
     # Replicated results can be read by every process.
     return jax.jit(forward, out_shardings=NamedSharding(mesh, PartitionSpec()) if mesh else None)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import ml_collections
 import numpy as np
 
+from mim_jax.evaluation.attentive_probe import attentive_probe_accuracy
 from mim_jax.evaluation.classification import check_classifier, classification
 from mim_jax.evaluation.features import extract_features, raw_pixels
 from mim_jax.evaluation.knn import knn_accuracy
@@ -24,6 +25,7 @@ FEATURE_PROTOCOLS: dict[str, Callable[..., float]] = {
 
 NETWORK_PROTOCOLS: dict[str, Callable[..., float | dict[str, float]]] = {
     "linear_lars": lars_probe_accuracy,
+    "attentive": attentive_probe_accuracy,
     "classification": classification,
 }
 """Accuracies, or several scores by name, of (method, variables, config)."""
@@ -32,6 +34,7 @@ PROTOCOLS: dict[str, str] = {
     "knn": "weighted 20-nearest-neighbour classifier on frozen features",
     "linear": "logistic regression on frozen features, for small data",
     "linear_lars": "the MAE paper's linear probe: LARS, augmentation, 90 epochs",
+    "attentive": "the CAE paper's probe: one query attends to all tokens of the frozen encoder",
     "classification": "accuracies, AUROC and cross-entropy of a classifier's own predictions",
 }
 """What each protocol is, by name."""

@@ -10,13 +10,11 @@ from mim_jax.data.transforms import RandomResizedCrop
 from mim_jax.evaluation import labelled_data
 from mim_jax.evaluation.linear_probe import (
     LinearProbe,
-    ProbeHead,
     lars_probe_accuracy,
     linear_accuracy,
-    probe_batch_size,
     probe_optimizer,
-    train_probe,
 )
+from mim_jax.evaluation.probe import ProbeHead, probe_batch_size, train_probe
 from mim_jax.methods.mae import MAE
 from mim_jax.training.optimizer import warmup_cosine
 from mim_jax.training.sharding import make_mesh, state_shardings
@@ -188,7 +186,7 @@ def test_recipe_learns_where_its_rate_suits_the_data_and_repeats_itself(caplog):
     with caplog.at_level(logging.INFO):
         accuracy = lars_probe_accuracy(Toy(), toy_variables(), config, **options)
     assert accuracy > 0.4
-    assert "linear probe: step 70 of 72" in caplog.text
+    assert "LinearProbe: step 70 of 72" in caplog.text
     assert accuracy == lars_probe_accuracy(Toy(), toy_variables(), config, **options)
 
 
@@ -201,9 +199,9 @@ def test_recipe_on_a_mesh_is_the_recipe_on_one_device():
         variables, state_shardings(variables, ((r".*", "fsdp:largest"),), mesh)
     )
     probe = LinearProbe.of(Toy(), config)
-    options = dict(batch_size=128, epochs=2, base_lr=20.0, seed=3)
-    one = flatten(train_probe(probe, variables, config, **options))
-    many = flatten(train_probe(probe, on_mesh, config, **options))
+    options = dict(batch_size=128, epochs=2, peak_lr=lambda batch: 10.0, seed=3)
+    one = flatten(train_probe(probe, variables, config, probe_optimizer, **options))
+    many = flatten(train_probe(probe, on_mesh, config, probe_optimizer, **options))
     for path, leaf in one.items():
         np.testing.assert_allclose(many[path], leaf, rtol=1e-3, atol=1e-5, err_msg=path)
     assert many["params/backbone/projection"].sharding == on_mesh["params"]["projection"].sharding
@@ -217,7 +215,7 @@ def test_paper_recipe_is_the_default(monkeypatch):
             seen[name] = (args, kwargs)
             return function(*args, **kwargs)
 
-        monkeypatch.setattr(f"mim_jax.evaluation.linear_probe.{name}", noted)
+        monkeypatch.setattr(f"mim_jax.evaluation.probe.{name}", noted)
 
     note("warmup_cosine", warmup_cosine)
     note("random_crops", labelled_data.random_crops)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from mim_jax.evaluation.linear_probe import ProbeHead
+from mim_jax.evaluation.probe import ProbeHead
 from mim_jax.losses import cross_entropy
 from mim_jax.training.optimizer import lars
 from tests.golden.cases import Case, assert_close, assert_gradient_close, case_params
