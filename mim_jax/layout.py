@@ -7,7 +7,7 @@ a downstream library gets one of its own. Conversion is plain NumPy and exact in
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -63,13 +63,14 @@ class Rule:
         key: key in the official state dict.
         path: path in our parameters, joined by "/".
         transform: conversion in both directions.
-        index: position along the leading axis of a parameter stacked by `nn.scan`, or None.
+        index: which part of our parameter it is, as NumPy indexes it: one block of a stack made
+            by `nn.scan`, or the query's part of a fused projection; `()` for the whole.
     """
 
     key: str
     path: str
     transform: Transform = AS_IS
-    index: int | None = None
+    index: tuple[int | slice, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,14 +143,14 @@ class Layout:
         problems = [f"missing: {key}" for key in sorted(expected - set(state))]
         unexpected = set(state) - expected - set(self.left_out(state))
         problems += [f"unexpected: {key}" for key in sorted(unexpected)]
-        pieces: dict[str, dict[int | None, Array]] = {}
+        flat: dict[str, Array] = {}
         for rule in self.rules:
             if rule.key not in state:
                 continue
             if rule.path not in shapes:
                 problems.append(f"{rule.key}: the model has no parameter {rule.path}")
                 continue
-            wanted = shapes[rule.path] if rule.index is None else shapes[rule.path][1:]
+            wanted = np.broadcast_to(np.False_, shapes[rule.path])[rule.index].shape
             given = np.asarray(state[rule.key])
             official = rule.transform.save(np.empty(wanted, np.bool_)).shape
             if given.shape != official:
@@ -158,7 +159,11 @@ class Layout:
                 )
                 continue
             value = rule.transform.load(given.astype(np.float32))
-            pieces.setdefault(rule.path, {})[rule.index] = value
+            if rule.index:
+                whole = flat.setdefault(rule.path, np.empty(shapes[rule.path], np.float32))
+                whole[rule.index] = value
+            else:
+                flat[rule.path] = value
         for constant in self.constants:
             if constant.key in state:
                 problems += _differences(constant, np.asarray(state[constant.key]))
@@ -167,7 +172,7 @@ class Layout:
                 "the checkpoint does not fit the model:\n  " + "\n  ".join(problems) + "\n"
                 "Check that the config's model has the sizes of the checkpoint."
             )
-        return _assemble(pieces)
+        return unflatten_dict({tuple(path.split("/")): value for path, value in flat.items()})
 
     def save(self, params: Mapping[str, Any]) -> dict[str, Array]:
         """Converts our parameters to an official state dict; the exact inverse of `load`.
@@ -183,8 +188,8 @@ class Layout:
             raise ValueError("the layout does not fit the parameters:\n  " + "\n  ".join(problems))
         state = {constant.key: constant.value for constant in self.constants}
         for rule in self.rules:
-            value = flat[rule.path] if rule.index is None else flat[rule.path][rule.index]
-            state[rule.key] = np.asarray(rule.transform.save(value), order="C")
+            value = rule.transform.save(flat[rule.path][rule.index])
+            state[rule.key] = np.asarray(value, order="C")
         return state
 
 
@@ -200,70 +205,140 @@ def _differences(constant: Constant, given: Array) -> list[str]:
     return []
 
 
-def _assemble(pieces: Mapping[str, Mapping[int | None, Array]]) -> dict[str, Any]:
-    """Nested parameters from arrays by path, stacking those that come by index."""
-    flat = {}
-    for path, by_index in pieces.items():
-        whole = by_index.get(None)
-        if whole is None:
-            whole = np.stack([by_index[i] for i in range(len(by_index))])
-        flat[tuple(path.split("/"))] = whole
-    return unflatten_dict(flat)
+class BlockNames(NamedTuple):
+    """What a family of checkpoints calls the parts of a block.
+
+    Attributes:
+        norm1: LayerNorm before attention.
+        qkv: the fused projection, or three names of its parts.
+        qkv_bias: its bias or biases; under `qkv_bias="query_value"`, those of query and value.
+        out: output projection of the attention.
+        norm2: LayerNorm before the MLP.
+        fc1: first linear layer of the MLP.
+        fc2: second one.
+        layer_scales: factors on both branches.
+        position_bias: table of relative positions, and the key of its index table, or "".
+    """
+
+    norm1: str = "norm1"
+    qkv: tuple[str, ...] = ("attn.qkv.weight",)
+    qkv_bias: tuple[str, ...] = ("attn.qkv.bias",)
+    out: str = "attn.proj"
+    norm2: str = "norm2"
+    fc1: str = "mlp.fc1"
+    fc2: str = "mlp.fc2"
+    layer_scales: tuple[str, str] = ("ls1.gamma", "ls2.gamma")
+    position_bias: tuple[str, str] = ("", "")
+
+
+TIMM = BlockNames()
+"""timm and the MAE code."""
+
+CAE = BlockNames(
+    qkv_bias=("attn.q_bias", "attn.v_bias"),
+    layer_scales=("gamma_1", "gamma_2"),
+    position_bias=("attn.relative_position_bias_table", "attn.relative_position_index"),
+)
+"""The codes of BEiT and CAE."""
 
 
 def transformer_rules(
-    key: str, path: str, *, depth: int, width: int, heads: int, scan: bool = False
+    key: str, path: str, blocks: Any, width: int, names: BlockNames = TIMM
 ) -> Iterable[Rule]:
-    """Rules of a stack of timm blocks (`blocks.0.attn.qkv.weight`, ...).
+    """Rules of a stack of blocks (`blocks.0.attn.qkv.weight`, ...).
 
     Args:
         key: official prefix, such as "blocks".
         path: path of our `Transformer`.
-        depth: number of blocks.
+        blocks: the `Transformer` itself.
         width: token width.
-        heads: attention heads.
-        scan: whether our parameters are stacked.
+        names: what the checkpoint calls the parts.
     """
-    head_width = width // heads
-    split = (3, heads, head_width)
-    table = (
-        ("attn.qkv.weight", "attention/qkv/kernel", linear(outputs=split)),
-        ("attn.qkv.bias", "attention/qkv/bias", reshape(split, (-1,))),
-        ("attn.proj.weight", "attention/out/kernel", linear(inputs=(heads, head_width))),
-        ("attn.proj.bias", "attention/out/bias", AS_IS),
-        ("mlp.fc1.weight", "mlp/fc1/kernel", linear()),
-        ("mlp.fc1.bias", "mlp/fc1/bias", AS_IS),
-        ("mlp.fc2.weight", "mlp/fc2/kernel", linear()),
-        ("mlp.fc2.bias", "mlp/fc2/bias", AS_IS),
-        ("norm1.weight", "norm1/scale", AS_IS),
-        ("norm1.bias", "norm1/bias", AS_IS),
-        ("norm2.weight", "norm2/scale", AS_IS),
-        ("norm2.bias", "norm2/bias", AS_IS),
-    )
-    for i in range(depth):
-        block = f"{path}/blocks" if scan else f"{path}/blocks_{i}"
-        for official, ours, transform in table:
-            yield Rule(f"{key}.{i}.{official}", f"{block}/{ours}", transform, i if scan else None)
+    heads = (blocks.heads, blocks.head_width or width // blocks.heads)
+    split = (3, *heads)
+    everything = slice(None)
+    table: list[tuple[str, str, Transform, tuple[int | slice, ...]]] = []
+
+    def add(
+        official: str,
+        ours: str,
+        transform: Transform = AS_IS,
+        part: tuple[int | slice, ...] = (),
+    ) -> None:
+        table.append((official, ours, transform, part))
+
+    def add_linear(official: str, ours: str, transform: Transform) -> None:
+        add(f"{official}.weight", f"{ours}/kernel", transform)
+        add(f"{official}.bias", f"{ours}/bias")
+
+    if len(names.qkv) == 1:
+        add(names.qkv[0], "attention/qkv/kernel", linear(outputs=split))
+    else:
+        for i, name in enumerate(names.qkv):
+            add(name, "attention/qkv/kernel", linear(outputs=heads), (everything, i))
+    per_head = reshape(heads, (-1,))
+    if blocks.qkv_bias == "query_value":
+        # Where three names are given, the key has none here.
+        for name, ours in zip((names.qkv_bias[0], names.qkv_bias[-1]), ("query", "value")):
+            add(name, f"attention/{ours}_bias", per_head)
+    elif blocks.qkv_bias == "full" and len(names.qkv_bias) == 1:
+        add(names.qkv_bias[0], "attention/qkv/bias", reshape(split, (-1,)))
+    elif blocks.qkv_bias == "full":
+        for i, name in enumerate(names.qkv_bias):
+            add(name, "attention/qkv/bias", per_head, (i,))
+    if blocks.position_bias is not None:
+        add(names.position_bias[0], "attention/position_bias/table")
+    add_linear(names.out, "attention/out", linear(inputs=heads))
+    add_linear(names.fc1, "mlp/fc1", linear())
+    add_linear(names.fc2, "mlp/fc2", linear())
+    for official, ours in ((names.norm1, "norm1"), (names.norm2, "norm2")):
+        add(f"{official}.weight", f"{ours}/scale")
+        add(f"{official}.bias", f"{ours}/bias")
+    if blocks.layer_scale is not None:
+        for i, name in enumerate(names.layer_scales, 1):
+            add(name, f"layer_scale{i}/scale")
+    for i in range(blocks.depth):
+        block = f"{path}/blocks" if blocks.scan else f"{path}/blocks_{i}"
+        for official, ours, transform, part in table:
+            index = (i, *part) if blocks.scan else part
+            yield Rule(f"{key}.{i}.{official}", f"{block}/{ours}", transform, index)
 
 
-def vit_rules(
-    path: str, *, depth: int, width: int, heads: int, scan: bool = False
-) -> Iterable[Rule]:
-    """Rules of a timm ViT without positions and norm: class token, patch embedding, blocks.
+def vit_rules(path: str, encoder: Any, key: str = "", names: BlockNames = TIMM) -> Iterable[Rule]:
+    """Rules of a ViT in timm's names, without fixed positions.
 
     Args:
         path: path of our `ViT`.
-        depth: number of blocks.
-        width: token width.
-        heads: attention heads.
-        scan: whether our blocks are stacked.
+        encoder: the `ViT` itself.
+        key: official prefix, such as "encoder.".
+        names: what the checkpoint calls the parts of a block.
     """
-    yield Rule("cls_token", f"{path}/cls_token")
-    yield Rule("patch_embed.proj.weight", f"{path}/patch_embed/kernel", CONV2D)
-    yield Rule("patch_embed.proj.bias", f"{path}/patch_embed/bias")
+    if encoder.class_token:
+        yield Rule(f"{key}cls_token", f"{path}/cls_token")
+    if encoder.registers:
+        yield Rule(f"{key}reg_token", f"{path}/registers")
+    if encoder.learned_positions:
+        shape = encoder.position_table().shape
+        one_more_axis = reshape(shape, (1, *shape))
+        yield Rule(f"{key}pos_embed", f"{path}/positions", one_more_axis)
+    yield Rule(f"{key}patch_embed.proj.weight", f"{path}/patch_embed/kernel", CONV2D)
+    if encoder.patch_bias:
+        yield Rule(f"{key}patch_embed.proj.bias", f"{path}/patch_embed/bias")
+    if encoder.pre_norm:
+        yield from layer_norm_rules(f"{key}norm_pre", f"{path}/pre_norm")
+    blocks = encoder.transformer
     yield from transformer_rules(
-        "blocks", f"{path}/transformer", depth=depth, width=width, heads=heads, scan=scan
+        f"{key}blocks", f"{path}/transformer", blocks, encoder.width, names
     )
+    if encoder.final_norm:
+        yield from layer_norm_rules(f"{key}norm", f"{path}/norm")
+
+
+def vit_constants(encoder: Any, key: str = "") -> tuple[Constant, ...]:
+    """The fixed position table of a ViT in timm's names, if it has one."""
+    if not encoder.positions.startswith("sincos"):
+        return ()
+    return (Constant(f"{key}pos_embed", encoder.position_table()[None]),)
 
 
 def layer_norm_rules(key: str, path: str) -> tuple[Rule, Rule]:

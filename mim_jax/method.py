@@ -8,6 +8,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+import flax.linen as nn
 import flax.struct
 import jax
 import ml_collections
@@ -123,6 +124,25 @@ class Group:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A part of the parameters that starts from weights of its own, such as a frozen teacher.
+
+    Attributes:
+        target: path prefix of the part.
+        module: the Linen module whose parameters they are; its class decides how a file is read.
+        path: where the weights are: a file, a model folder, or the folder of a run.
+        field: config field that names the path, for messages.
+        fresh: path patterns inside the part that keep their initial values.
+    """
+
+    target: str
+    module: nn.Module
+    path: str
+    field: str = "model.teacher.path"
+    fresh: tuple[str, ...] = ()
+
+
 class Method(abc.ABC):
     """A pre-training method: a frozen dataclass around one or more Linen modules.
 
@@ -133,17 +153,33 @@ class Method(abc.ABC):
         inputs: batch entries that the method needs.
         streams: names of the random streams that `loss` gets.
         frozen: path patterns of parameters with neither gradient nor optimizer state.
+        pretrained: parts that start from weights of their own.
         ema: parts that follow other parts.
+        calibration_batches: how many batches `calibrate` gets to see.
         groups: optimizer groups; parameters that match none are in the group "default".
         no_decay: path patterns of parameters without weight decay, beside all biases, norm scales
             and other 1-D parameters.
     """
 
     streams: ClassVar[tuple[str, ...]] = ()
-    frozen: ClassVar[tuple[str, ...]] = ()
     ema: ClassVar[tuple[Ema, ...]] = ()
     groups: ClassVar[tuple[Group, ...]] = ()
     no_decay: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """See the attributes."""
+        return ()
+
+    @property
+    def pretrained(self) -> tuple[Pretrained, ...]:
+        """See the attributes."""
+        return ()
+
+    @property
+    def calibration_batches(self) -> int:
+        """See the attributes."""
+        return 0
 
     @classmethod
     @abc.abstractmethod
@@ -168,6 +204,19 @@ class Method(abc.ABC):
     @abc.abstractmethod
     def features(self, variables: Variables, batch: Batch) -> Features:
         """The representation of every image, without masking or randomness."""
+
+    def calibrate(
+        self, variables: Variables, batch: Batch, rngs: Mapping[str, jax.Array]
+    ) -> Mapping[str, Any]:
+        """Statistics that the loss needs before the first step, updated by one batch.
+
+        Called for `calibration_batches` training batches in a row when a run begins, before any
+        parameter has changed.
+
+        Returns:
+            The mutable collections that changed. They are kept in the checkpoints.
+        """
+        return {}
 
     def pictures(
         self, variables: Variables, batch: Batch, rngs: Mapping[str, jax.Array]

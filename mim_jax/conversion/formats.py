@@ -83,26 +83,7 @@ class Format:
 def encoder_table(model: Model) -> layout.Layout:
     """A ViT as timm and the MAE code name it, whatever its paper's own checkpoint looks like."""
     encoder = model.encoder
-    blocks = encoder.transformer
-    rules = [
-        *layout.vit_rules(
-            "encoder",
-            depth=blocks.depth,
-            width=encoder.width,
-            heads=blocks.heads,
-            scan=blocks.scan,
-        )
-    ]
-    constants = []
-    positions = encoder.position_table()  # [1 + L, D]
-    if encoder.learned_positions:
-        one_more_axis = layout.reshape(positions.shape, (1, *positions.shape))
-        rules.append(layout.Rule("pos_embed", "encoder/positions", one_more_axis))
-    else:
-        constants.append(layout.Constant("pos_embed", positions[None]))
-    if encoder.final_norm:
-        rules += layout.layer_norm_rules("norm", "encoder/norm")
-    return layout.Layout(tuple(rules), tuple(constants))
+    return layout.Layout(tuple(layout.vit_rules("encoder", encoder)), layout.vit_constants(encoder))
 
 
 def vit_table(model: Model) -> layout.Layout:

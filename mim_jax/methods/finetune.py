@@ -1,7 +1,6 @@
 """Fine-tuning a pre-trained ViT as a classifier (MAE, appendix A.1, and its official code)."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -15,7 +14,7 @@ import numpy as np
 from mim_jax import layout, losses
 from mim_jax.data.mixing import Mixing, random_erasing
 from mim_jax.method import Aux, Batch, Features, Input, Method, Variables, register
-from mim_jax.methods.mae import adopt_encoder, build_encoder, encoder_like, encoder_rules
+from mim_jax.methods.mae import adopt_encoder, build_encoder, encoder_like
 from mim_jax.models.transformer import layer_norm
 from mim_jax.models.vit import ViT
 
@@ -107,7 +106,7 @@ class FineTune(Method):
             if value not in known:
                 raise ValueError(f"model.{field} is {value!r}; known are {', '.join(known)}.")
         encoder = build_encoder(
-            config, model.drop_path, learned_positions=True, final_norm=model.pool == "cls"
+            config, model.drop_path, positions="learned", final_norm=model.pool == "cls"
         )
         return cls(
             Classifier(encoder, model.num_classes, model.pool),
@@ -195,14 +194,11 @@ class FineTune(Method):
 
     def layout(self) -> layout.Layout:
         """The official fine-tuned checkpoint; reads a pre-trained one too, without its decoder."""
-        encoder = self.encoder
-        shape = (1 + math.prod(encoder.grid), encoder.width)
-        norm = ("fc_norm", "fc_norm") if self.model.pool == "mean" else ("norm", "encoder/norm")
+        norms = layout.layer_norm_rules("fc_norm", "fc_norm") if self.model.pool == "mean" else ()
         return layout.Layout(
             rules=(
-                *encoder_rules(encoder),
-                layout.Rule("pos_embed", "encoder/positions", layout.reshape(shape, (1, *shape))),
-                *layout.layer_norm_rules(*norm),
+                *layout.vit_rules("encoder", self.encoder),
+                *norms,
                 *layout.linear_rules("head", "head"),
             ),
             optional=(r"head\..*", r"fc_norm\..*"),

@@ -189,26 +189,19 @@ class MAE(Method):
     def layout(self) -> layout.Layout:
         """The official pre-training checkpoint; releases without the decoder are accepted."""
         decoder = self.model.decoder
-        blocks = decoder.transformer
         return layout.Layout(
             rules=(
-                *encoder_rules(self.encoder),
-                *layout.layer_norm_rules("norm", "encoder/norm"),
+                *layout.vit_rules("encoder", self.encoder),
                 *layout.linear_rules("decoder_embed", "decoder/embed"),
                 layout.Rule("mask_token", "decoder/mask_token"),
                 *layout.transformer_rules(
-                    "decoder_blocks",
-                    "decoder/transformer",
-                    depth=blocks.depth,
-                    width=decoder.width,
-                    heads=blocks.heads,
-                    scan=blocks.scan,
+                    "decoder_blocks", "decoder/transformer", decoder.transformer, decoder.width
                 ),
                 *layout.layer_norm_rules("decoder_norm", "decoder/norm"),
                 *layout.linear_rules("decoder_pred", "decoder/pred"),
             ),
             constants=(
-                layout.Constant("pos_embed", self.encoder.position_table()[None]),
+                *layout.vit_constants(self.encoder),
                 layout.Constant("decoder_pos_embed", decoder.position_table()[None]),
             ),
             optional=(r"decoder_.*|mask_token",),
@@ -286,20 +279,6 @@ def build_encoder(config: ml_collections.ConfigDict, drop_path: float = 0.0, **f
     )
     masking.token_grid(encoder.image_size, encoder.patch_size)  # raises if they do not fit
     return encoder
-
-
-def encoder_rules(encoder: ViT) -> tuple[layout.Rule, ...]:
-    """Rules of an official encoder below "encoder/", without positions and norm."""
-    blocks = encoder.transformer
-    return tuple(
-        layout.vit_rules(
-            "encoder",
-            depth=blocks.depth,
-            width=encoder.width,
-            heads=blocks.heads,
-            scan=blocks.scan,
-        )
-    )
 
 
 def encoder_like(state: Mapping[str, np.ndarray], known: Mapping[str, Any], template: ViT) -> ViT:

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def sincos_positions(grid: Sequence[int], width: int, leading_tokens: int = 0) -> np.ndarray:
+def sincos_positions(
+    grid: Sequence[int], width: int, leading_tokens: int = 0, *, row_first: bool = False
+) -> np.ndarray:
     """The 2-D sine-cosine table of the MAE code, float32 `[leading_tokens + tokens, width]`.
 
-    The first half of the channels encodes the column and the second half the row; inside a half
+    The first half of the channels encodes the column and the second half the row (the other way
+    round with `row_first`, as in the CAE code); inside a half
     all sines come before all cosines, with frequencies `10000^(-k / (width / 4))`. Computed in
     float64. Leading tokens (a class token) get zeros.
 
@@ -22,7 +25,7 @@ def sincos_positions(grid: Sequence[int], width: int, leading_tokens: int = 0) -
     frequencies = 10000.0 ** (-np.arange(width // 4, dtype=np.float64) / (width // 4))
     column, row = np.meshgrid(np.arange(columns), np.arange(rows))  # each [rows, columns]
     halves = []
-    for position in (column, row):
+    for position in (row, column) if row_first else (column, row):
         angles = position.reshape(-1, 1).astype(np.float64) * frequencies  # [L, width / 4]
         halves += [np.sin(angles), np.cos(angles)]
     table = np.concatenate(halves, axis=1).astype(np.float32)

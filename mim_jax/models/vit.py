@@ -1,5 +1,6 @@
 """The Vision Transformer encoder (Dosovitskiy et al., 2021), with the choices of the MAE code."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,12 @@ import numpy as np
 
 from mim_jax.masking import gather_tokens, token_grid
 from mim_jax.models.positions import bicubic_matrix, resize_positions, sincos_positions
-from mim_jax.models.transformer import Transformer, layer_norm, restacked
+from mim_jax.models.transformer import (
+    RelativePositionBias,
+    Transformer,
+    layer_norm,
+    restacked,
+)
 from mim_jax.targets import patchify
 
 VIT_SIZES: dict[str, dict[str, int]] = {
@@ -35,6 +41,7 @@ class PatchEmbed(nn.Module):
     patch_size: tuple[int, int]
     channels: int
     dtype: Any = jnp.float32
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, patches: jax.Array) -> jax.Array:
@@ -55,9 +62,15 @@ class PatchEmbed(nn.Module):
         kernel = self.param(
             "kernel", xavier_as_matrix, (*self.patch_size, self.channels, self.width)
         ).reshape(values, self.width)
-        bias = self.param("bias", uniform, (self.width,))
-        patches, kernel, bias = nn.dtypes.promote_dtype(patches, kernel, bias, dtype=self.dtype)
-        return patches @ kernel + bias
+        patches, kernel = nn.dtypes.promote_dtype(patches, kernel, dtype=self.dtype)
+        tokens = patches @ kernel
+        if not self.use_bias:
+            return tokens
+        return tokens + self.param("bias", uniform, (self.width,)).astype(tokens.dtype)
+
+
+POSITIONS = ("sincos", "sincos_row_first", "learned", "none")
+"""Fixed sine-cosine tables of MAE and (row before column) of CAE, a parameter, or nothing."""
 
 
 class ViT(nn.Module):
@@ -68,13 +81,21 @@ class ViT(nn.Module):
         patch_size: `(height, width)` in pixels.
         channels: channels of the image.
         width: token width.
-        transformer: the blocks; their compute type is that of the whole encoder.
-        learned_positions: positions are a parameter `[1 + tokens, width]`, the class token's
-            first, which starts as the fixed table.
+        transformer: the blocks; their compute type and epsilon are those of the whole encoder.
+        positions: one of `POSITIONS`. Learned ones are a parameter `[1 + tokens, width]`, the
+            class token's first, which starts as the fixed table.
         position_grid: the fixed table is that of this grid, resized to the model's own, so that
             an encoder pre-trained on one image size sees another as it did the first; None takes
             the model's own grid.
         final_norm: normalize the output.
+        class_token: put a learned token before the patches.
+        registers: number of learned tokens between class token and patches, without positions
+            (Darcet et al., 2024).
+        pre_norm: normalize the tokens before the first block (CLIP).
+        patch_bias: the patch embedding has a bias.
+        shared_position_bias: one `RelativePositionBias` for all blocks (BEiT).
+        floor_grid: pixels at the right and bottom that fill no patch are left out; otherwise
+            they are an error.
     """
 
     image_size: tuple[int, int]
@@ -82,20 +103,58 @@ class ViT(nn.Module):
     channels: int
     width: int
     transformer: Transformer
-    learned_positions: bool = False
+    positions: str = "sincos"
     position_grid: tuple[int, int] | None = None
     final_norm: bool = True
+    class_token: bool = True
+    registers: int = 0
+    pre_norm: bool = False
+    patch_bias: bool = True
+    shared_position_bias: bool = False
+    floor_grid: bool = False
 
     @property
     def grid(self) -> tuple[int, int]:
         """Patches along height and width."""
-        rows, columns = token_grid(self.image_size, self.patch_size)
+        rows, columns = token_grid(self.covered_size, self.patch_size)
         return rows, columns
 
+    @property
+    def covered_size(self) -> tuple[int, int]:
+        """Height and width in pixels of what the patches cover."""
+        if not self.floor_grid:
+            return self.image_size
+        height, width = (
+            size - size % patch for size, patch in zip(self.image_size, self.patch_size)
+        )
+        return height, width
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Number of tokens before the patches."""
+        return int(self.class_token) + self.registers
+
+    @property
+    def learned_positions(self) -> bool:
+        """Whether positions are a parameter."""
+        return self.positions == "learned"
+
     def position_table(self) -> np.ndarray:
-        """The fixed table, float32 `[1 + tokens, width]`; that of the class token is zero."""
+        """The fixed table, float32 `[1 + tokens, width]`; that of the class token is zero.
+
+        Without class token its row is missing; without positions the table is zero.
+
+        Raises:
+            ValueError: for an unknown name in `positions`.
+        """
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions is {self.positions!r}; known are {', '.join(POSITIONS)}.")
         source = self.position_grid or self.grid
-        table = sincos_positions(source, self.width, leading_tokens=1)
+        leading = int(self.class_token)
+        if self.positions == "none":
+            return np.zeros((leading + math.prod(self.grid), self.width), np.float32)
+        row_first = self.positions == "sincos_row_first"
+        table = sincos_positions(source, self.width, leading_tokens=leading, row_first=row_first)
         return resize_positions(table, source, self.grid)
 
     @nn.compact
@@ -114,8 +173,9 @@ class ViT(nn.Module):
             drop_path_noise: see `Transformer`.
 
         Returns:
-            The tokens `[batch, 1 + kept, width]`, class token first, normalized if `final_norm`,
-            and the outputs of all blocks before that, see `Transformer`.
+            The tokens `[batch, prefix_tokens + kept, width]` (class token, registers, patches),
+            normalized if `final_norm`, and the outputs of all blocks before that, see
+            `Transformer`.
 
         Raises:
             ValueError: if the images do not have the size and channels of the model.
@@ -126,23 +186,40 @@ class ViT(nn.Module):
                 f"the model expects images [batch, {', '.join(map(str, expected))}], got "
                 f"{images.shape}; set image_size and channels in the config to the data's."
             )
-        batch, dtype = images.shape[0], self.transformer.dtype
-        patches = patchify(images, self.patch_size)  # [B, L, values]
+        batch, blocks, leading = images.shape[0], self.transformer, int(self.class_token)
+        dtype = blocks.dtype
+        height, width = self.covered_size
+        patches = patchify(images[:, :height, :width], self.patch_size)  # [B, L, values]
         table: Any = self.position_table()  # fixed, so not a parameter
         if self.learned_positions:
             table = self.param("positions", lambda key: jnp.asarray(table))
         table = jnp.asarray(table, dtype)  # [1 + L, D]
-        positions = jnp.broadcast_to(table[1:], (batch, *table[1:].shape))
+        positions = jnp.broadcast_to(table[leading:], (batch, *table[leading:].shape))
         if keep_ids is not None:
             patches = gather_tokens(patches, keep_ids)  # [B, K, values]
             positions = gather_tokens(positions, keep_ids)  # [B, K, D]
-        embed = PatchEmbed(self.width, self.patch_size, self.channels, dtype, name="patch_embed")
+        embed = PatchEmbed(
+            self.width, self.patch_size, self.channels, dtype, self.patch_bias, name="patch_embed"
+        )
         tokens = embed(patches) + positions
-        cls_token = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
-        cls_token = jnp.broadcast_to(cls_token.astype(dtype) + table[0], (batch, 1, self.width))
-        tokens = jnp.concatenate([cls_token, tokens], axis=1)
-        tokens, outputs = self.transformer(tokens, drop_path_noise)
-        return layer_norm("norm", dtype)(tokens) if self.final_norm else tokens, outputs
+        prefix = []
+        if self.class_token:
+            cls_token = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
+            prefix.append(cls_token.astype(dtype) + table[0])
+        if self.registers:
+            shape = (1, self.registers, self.width)
+            prefix.append(self.param("registers", nn.initializers.normal(0.02), shape))
+        prefix = [jnp.broadcast_to(x, (batch, *x.shape[1:])).astype(dtype) for x in prefix]
+        tokens = jnp.concatenate([*prefix, tokens], axis=1)
+        if self.pre_norm:
+            tokens = layer_norm("pre_norm", dtype, blocks.epsilon)(tokens)
+        bias = None
+        if self.shared_position_bias:
+            bias = RelativePositionBias(self.grid, blocks.heads, name="position_bias")()
+        tokens, outputs = blocks(tokens, drop_path_noise, bias)
+        if self.final_norm:
+            tokens = layer_norm("norm", dtype, blocks.epsilon)(tokens)
+        return tokens, outputs
 
 
 def vit_size(name: str, **given: int) -> dict[str, int]:

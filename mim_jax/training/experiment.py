@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -173,6 +173,27 @@ class Experiment:
         return step.make_gradient(
             self.method, self.prepare, seed=self.config.seed, accumulate=self.config.accumulate
         )
+
+    def calibrated(self, state: TrainState, batches: Iterable[HostShapes]) -> TrainState:
+        """The state after the method has calibrated itself on some batches, see `Method`."""
+
+        def update(state: TrainState, batch: Batch, number: jax.Array) -> TrainState:
+            rng = jax.random.fold_in(jax.random.key(self.config.seed), number)
+            batch = self.prepare(batch, step.stream_keys(rng, ("prepare",))["prepare"])
+            rngs = step.stream_keys(rng, self.method.streams)
+            changed = self.method.calibrate(state.variables, batch, rngs)
+            return dataclasses.replace(state, mutable={**state.mutable, **changed})
+
+        where = jax.tree.map(lambda leaf: leaf.sharding, state)
+        rows = sharding.batch_sharding(self.mesh)
+        compiled = jax.jit(update, in_shardings=(where, rows, None), out_shardings=where)
+        for number, batch in enumerate(batches):
+            on_devices = {
+                name: jax.make_array_from_process_local_data(rows, array)
+                for name, array in batch.items()
+            }
+            state = compiled(state, on_devices, number)
+        return state
 
     def train_step(self) -> step.TrainStep:
         """The train step, not yet compiled."""

@@ -41,9 +41,7 @@ def params() -> dict:
 
 
 def layout(scan: bool) -> Layout:
-    rules = transformer_rules(
-        "blocks", "transformer", depth=DEPTH, width=WIDTH, heads=HEADS, scan=scan
-    )
+    rules = transformer_rules("blocks", "transformer", Transformer(DEPTH, HEADS, scan=scan), WIDTH)
     return Layout(tuple(rules))
 
 

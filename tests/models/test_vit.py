@@ -178,7 +178,7 @@ def test_a_size_without_name_needs_every_number():
 
 
 def test_learned_positions_start_as_the_fixed_table_and_get_a_gradient():
-    learned = ENCODER.clone(learned_positions=True)
+    learned = ENCODER.clone(positions="learned")
     params = learned.init(jax.random.key(0), IMAGES)["params"]
     np.testing.assert_array_equal(params["positions"], ENCODER.position_table())
     fixed = {name: value for name, value in params.items() if name != "positions"}

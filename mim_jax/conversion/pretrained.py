@@ -1,0 +1,80 @@
+"""Loads the parts of a method that start from weights of their own: `Method.pretrained`."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from mim_jax.conversion.towers import read_tower
+from mim_jax.method import Method, Pretrained
+from mim_jax.models.tower import Tower
+from mim_jax.models.vit import ViT, adopted
+from mim_jax.training.state import TrainState
+from mim_jax.training.tree import differences, flatten, unflatten
+
+
+def load_pretrained(method: Method, state: TrainState) -> tuple[TrainState, list[str]]:
+    """Puts the weights that a method starts from into a new state.
+
+    Args:
+        method: declares its parts in `pretrained`.
+        state: at step 0.
+
+    Returns:
+        The state, laid out as before, and notes for the user.
+
+    Raises:
+        FileNotFoundError: if there is nothing at a path.
+        ValueError: if a path is empty, or weights are missing, too many or wrongly shaped; all of
+            them are listed.
+    """
+    old = flatten(state.params)
+    notes = []
+    for part in method.pretrained:
+        if not part.path:
+            raise ValueError(
+                f"{part.field} is empty: this method needs the weights of a trained model for "
+                f"{part.target!r}. Give a .safetensors or .pth file, a folder of Hugging Face, or "
+                "the folder of a run."
+            )
+        start = f"{part.target}/"
+        wanted = {k.removeprefix(start): v for k, v in old.items() if k.startswith(start)}
+        wanted = {
+            name: leaf
+            for name, leaf in wanted.items()
+            if not any(re.match(pattern, name) for pattern in part.fresh)
+        }
+        given = _read(part, wanted)
+        problems = differences(given, wanted, part.path)
+        if problems:
+            raise ValueError(
+                f"the weights of {part.path} do not fit {part.target!r}:\n  "
+                + "\n  ".join(problems)
+                + f"\nThey are named by {part.field}; the fields beside it describe the model."
+            )
+        for name, value in given.items():
+            old[start + name] = jax.device_put(value, wanted[name].sharding)
+        notes.append(f"{part.target}: {len(given)} arrays from {part.path}")
+    return dataclasses.replace(state, params=unflatten(old)), notes
+
+
+def _read(part: Pretrained, wanted: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """A part's parameters by path inside the part."""
+    module: nn.Module = part.module
+    if isinstance(module, (Tower, ViT)):
+        receiver = module.encoder if isinstance(module, Tower) else module
+        prefix = "encoder/" if isinstance(module, ViT) else ""
+        tower, params = read_tower(part.path, projection=receiver is not module)
+        found = {}
+        for name in wanted:
+            path = prefix + name
+            inside = path.startswith("encoder/")
+            value = adopted(path, params, tower.encoder, receiver) if inside else params.get(path)
+            if value is not None:
+                found[name] = value
+        return found
+    raise TypeError(f"{type(module).__name__} has no reader of weights.")
