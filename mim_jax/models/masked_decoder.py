@@ -19,6 +19,7 @@ class MaskedDecoder(nn.Module):
         width: token width.
         transformer: the blocks; their compute type is that of the whole decoder.
         position_grid: as for `ViT`.
+        class_token: the encoder's tokens begin with a class token, which the blocks see.
     """
 
     grid: tuple[int, int]
@@ -26,11 +27,15 @@ class MaskedDecoder(nn.Module):
     width: int
     transformer: Transformer
     position_grid: tuple[int, int] | None = None
+    class_token: bool = True
 
     def position_table(self) -> np.ndarray:
-        """The fixed table, float32 `[1 + tokens, width]`; that of the class token is zero."""
-        source = self.position_grid or self.grid
-        table = sincos_positions(source, self.width, leading_tokens=1)
+        """The fixed table, float32 `[1 + tokens, width]`; that of the class token is zero.
+
+        Without class token its row is missing.
+        """
+        source, leading = self.position_grid or self.grid, int(self.class_token)
+        table = sincos_positions(source, self.width, leading_tokens=leading)
         return resize_positions(table, source, self.grid)
 
     @nn.compact
@@ -39,7 +44,7 @@ class MaskedDecoder(nn.Module):
 
         Args:
             tokens: encoder output `[batch, 1 + kept, encoder width]`, class token first, visible
-                tokens in drawn order.
+                tokens in drawn order; without class token `[batch, kept, encoder width]`.
             restore_ids: int32 `[batch, tokens]`, see `mim_jax.masking.Masking`.
 
         Returns:
@@ -49,9 +54,10 @@ class MaskedDecoder(nn.Module):
         xavier = nn.initializers.xavier_uniform()
         tokens = nn.Dense(self.width, kernel_init=xavier, dtype=dtype, name="embed")(tokens)
         mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
-        patches = restore_tokens(tokens[:, 1:], mask_token, restore_ids)  # [B, L, D]
-        tokens = jnp.concatenate([tokens[:, :1], patches], axis=1)
+        leading = int(self.class_token)
+        patches = restore_tokens(tokens[:, leading:], mask_token, restore_ids)  # [B, L, D]
+        tokens = jnp.concatenate([tokens[:, :leading], patches], axis=1)
         tokens, _ = self.transformer(tokens + jnp.asarray(self.position_table(), dtype))
         tokens = layer_norm("norm", dtype)(tokens)
         pred = nn.Dense(self.outputs, kernel_init=xavier, dtype=dtype, name="pred")(tokens)
-        return pred[:, 1:]
+        return pred[:, leading:]

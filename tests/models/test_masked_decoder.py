@@ -87,3 +87,16 @@ def test_a_width_without_positions_is_an_error():
     decoder = MaskedDecoder(GRID, OUTPUTS, width=6, transformer=Transformer(1, 2))
     with pytest.raises(ValueError, match="divisible by 4, got 6"):
         jax.eval_shape(decoder.init, jax.random.key(0), ENCODED, MASKING.restore_ids)
+
+
+def test_without_class_token_no_token_is_set_apart():
+    decoder = MaskedDecoder(GRID, OUTPUTS, WIDTH, Transformer(1, 2), class_token=False)
+    assert decoder.position_table().shape == (TOKENS, WIDTH)
+    given = jax.jit(decoder.init)(jax.random.key(0), ENCODED[:, 1:], MASKING.restore_ids)
+    predict = jax.jit(decoder.apply)
+    before = predict(given, ENCODED[:, 1:], MASKING.restore_ids)
+    assert before.shape == (BATCH, TOKENS, OUTPUTS)
+    changed = ENCODED[:, 1:].copy()
+    changed[0, 0] = draw(12, seed=1)
+    after = predict(given, changed, MASKING.restore_ids)
+    assert np.all(np.any(np.asarray(after != before)[0], axis=-1))
