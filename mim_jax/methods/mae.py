@@ -154,52 +154,20 @@ class MAE(Method):
     def pictures(
         self, variables: Variables, batch: Batch, rngs: Mapping[str, jax.Array]
     ) -> dict[str, Picture]:
-        """Image, visible patches, prediction, and prediction with the visible patches put in.
-
-        Where the target is normalized, predicted patches get the mean and deviation of the true
-        patches back; without this every reconstruction looks grey.
-        """
+        """What `reconstruction_picture` shows."""
         images = batch["image"].astype(jnp.float32)
-        encoder = self.model.encoder
         noise = jax.random.uniform(rngs["mask"], (images.shape[0], self.tokens))
         output = self.reconstruct(variables, images, noise)
-        patches = targets.patchify(images, encoder.patch_size)
-        pred = output.pred.astype(jnp.float32)
-        caption = "Loss on removed patches only; the prediction for visible ones is not trained."
-        if self.normalize_target:
-            pred = targets.denormalize_patches(pred, patches)
-            caption += "\nPredicted patches carry the mean and deviation of the true patches."
-        removed = output.masking.mask[..., None]
-        columns = {
-            "image": patches,
-            "visible": patches * (1 - removed),
-            "prediction": pred,
-            "prediction + visible": jnp.where(removed == 1, pred, patches),
-        }
-        return {
-            "reconstruction": Picture(
-                {
-                    title: targets.unpatchify(column, encoder.image_size, encoder.patch_size)
-                    for title, column in columns.items()
-                },
-                caption,
-            )
-        }
+        picture = reconstruction_picture(
+            images, output.pred, output.masking.mask, self.encoder, self.normalize_target
+        )
+        return {"reconstruction": picture}
 
     def layout(self) -> layout.Layout:
         """The official pre-training checkpoint; releases without the decoder are accepted."""
         decoder = self.model.decoder
         return layout.Layout(
-            rules=(
-                *layout.vit_rules("encoder", self.encoder),
-                *layout.linear_rules("decoder_embed", "decoder/embed"),
-                layout.Rule("mask_token", "decoder/mask_token"),
-                *layout.transformer_rules(
-                    "decoder_blocks", "decoder/transformer", decoder.transformer, decoder.width
-                ),
-                *layout.layer_norm_rules("decoder_norm", "decoder/norm"),
-                *layout.linear_rules("decoder_pred", "decoder/pred"),
-            ),
+            rules=(*layout.vit_rules("encoder", self.encoder), *decoder_rules(decoder)),
             constants=(
                 *layout.vit_constants(self.encoder),
                 layout.Constant("decoder_pos_embed", decoder.position_table()[None]),
@@ -209,20 +177,8 @@ class MAE(Method):
 
     def sized_like(self, state: Mapping[str, np.ndarray], known: Mapping[str, Any]) -> "MAE":
         """An MAE of the sizes of an official checkpoint, with or without a decoder."""
-        encoder, decoder = encoder_like(state, known, self.encoder), self.model.decoder
-        outputs = math.prod(encoder.patch_size) * encoder.channels
-        blocks = decoder.transformer
-        if "decoder_embed.weight" in state:
-            width = len(state["decoder_embed.weight"])
-            # All released decoders have 32 channels a head, which no shape tells.
-            heads = blocks.heads if width == decoder.width else max(width // 32, 1)
-            heads = known.get("decoder_heads", heads)
-            depth = _depth("decoder_blocks", state)
-            blocks = blocks.clone(depth=depth, heads=heads, mlp_ratio=_mlp_ratio(state))
-            decoder = decoder.clone(width=width)
-        decoder = decoder.clone(
-            grid=encoder.grid, outputs=outputs, transformer=blocks, position_grid=None
-        )
+        encoder = encoder_like(state, known, self.encoder)
+        decoder = decoder_like(state, known, self.model.decoder, encoder)
         kept = masking.num_kept(math.prod(encoder.grid), 1 - self.model.kept / self.tokens)
         return dataclasses.replace(self, model=MaskedAutoencoder(encoder, decoder, kept))
 
@@ -232,14 +188,12 @@ class MAE(Method):
             return adopt_encoder(path, given, donor, self.encoder)
         if not isinstance(donor, MAE):
             return None
-        old, new = donor.model.decoder, self.model.decoder
-        if path.startswith("decoder/pred/") and path in given:
-            return resize_patch_outputs(
-                given[path],
-                (donor.encoder.patch_size, donor.encoder.channels),
-                (self.encoder.patch_size, self.encoder.channels),
-            )
-        return restacked(path, given, old.transformer, new.transformer)
+        return adopt_decoder(
+            path,
+            given,
+            (donor.encoder, donor.model.decoder),
+            (self.encoder, self.model.decoder),
+        )
 
 
 def blocks_of(config: ml_collections.ConfigDict) -> Callable[..., Transformer]:
@@ -322,9 +276,87 @@ def encoder_like(state: Mapping[str, np.ndarray], known: Mapping[str, Any], temp
         channels=channels,
         width=width,
         transformer=blocks.clone(
-            depth=_depth("blocks", state), heads=heads, mlp_ratio=_mlp_ratio(state)
+            depth=depth_of("blocks", state), heads=heads, mlp_ratio=_mlp_ratio(state)
         ),
         position_grid=None,
+    )
+
+
+def decoder_like(
+    state: Mapping[str, np.ndarray], known: Mapping[str, Any], template: MaskedDecoder, encoder: Any
+) -> MaskedDecoder:
+    """The decoder of pixels of an official state dict; the template's if it has none.
+
+    Args:
+        state: arrays by official key.
+        known: see `Method.sized_like`.
+        template: a decoder.
+        encoder: whose patches are predicted: a `ViT`, or what has its sizes.
+    """
+    blocks = template.transformer
+    if "decoder_embed.weight" in state:
+        width = len(state["decoder_embed.weight"])
+        # All released decoders have 32 channels a head, which no shape tells.
+        heads = blocks.heads if width == template.width else max(width // 32, 1)
+        blocks = blocks.clone(
+            depth=depth_of("decoder_blocks", state),
+            heads=known.get("decoder_heads", heads),
+            mlp_ratio=_mlp_ratio(state, "decoder_blocks"),
+        )
+        template = template.clone(width=width)
+    return template.clone(
+        grid=encoder.grid,
+        outputs=math.prod(encoder.patch_size) * encoder.channels,
+        transformer=blocks,
+        position_grid=None,
+    )
+
+
+def decoder_rules(decoder: MaskedDecoder) -> tuple[layout.Rule, ...]:
+    """Rules of a decoder below "decoder/", in the names of the MAE code."""
+    blocks = decoder.transformer
+    return (
+        *layout.linear_rules("decoder_embed", "decoder/embed"),
+        layout.Rule("mask_token", "decoder/mask_token"),
+        *layout.transformer_rules("decoder_blocks", "decoder/transformer", blocks, decoder.width),
+        *layout.layer_norm_rules("decoder_norm", "decoder/norm"),
+        *layout.linear_rules("decoder_pred", "decoder/pred"),
+    )
+
+
+def reconstruction_picture(
+    images: jax.Array, pred: jax.Array, removed: jax.Array, encoder: Any, normalized: bool
+) -> Picture:
+    """Image, visible patches, prediction, and prediction with the visible patches put in.
+
+    Where the target is normalized, predicted patches get the mean and deviation of the true
+    patches back; without this every reconstruction looks grey.
+
+    Args:
+        images: `[batch, height, width, channels]`, normalized, float32.
+        pred: predicted patches `[batch, tokens, values]`.
+        removed: `[batch, tokens]`, 1 where a patch is removed and 0 where it is visible.
+        encoder: a `ViT`, or what has its sizes.
+        normalized: whether predicted patches are in units of their own deviation.
+    """
+    patches = targets.patchify(images, encoder.patch_size)
+    pred, removed = pred.astype(jnp.float32), removed[..., None]
+    caption = "Loss on removed patches only; the prediction for visible ones is not trained."
+    if normalized:
+        pred = targets.denormalize_patches(pred, patches)
+        caption += "\nPredicted patches carry the mean and deviation of the true patches."
+    columns = {
+        "image": patches,
+        "visible": patches * (1 - removed),
+        "prediction": pred,
+        "prediction + visible": jnp.where(removed == 1, pred, patches),
+    }
+    return Picture(
+        {
+            title: targets.unpatchify(column, encoder.image_size, encoder.patch_size)
+            for title, column in columns.items()
+        },
+        caption,
     )
 
 
@@ -335,11 +367,34 @@ def adopt_encoder(
     return adopted(path, given, donor.encoder, receiver) if donor.encoder else given.get(path)
 
 
-def _depth(key: str, state: Mapping[str, np.ndarray]) -> int:
+def adopt_decoder(
+    path: str,
+    given: Mapping[str, np.ndarray],
+    donor: tuple[Any, MaskedDecoder],
+    receiver: tuple[Any, MaskedDecoder],
+) -> np.ndarray | None:
+    """A parameter below "decoder/" from another decoder of pixels, its prediction resized.
+
+    Args:
+        path: of the parameter.
+        given: the donor's parameters by path.
+        donor: encoder and decoder that have them; the encoder tells patch size and channels.
+        receiver: encoder and decoder that get them.
+    """
+    (old, old_decoder), (new, new_decoder) = donor, receiver
+    if path.startswith("decoder/pred/") and path in given:
+        return resize_patch_outputs(
+            given[path], (old.patch_size, old.channels), (new.patch_size, new.channels)
+        )
+    return restacked(path, given, old_decoder.transformer, new_decoder.transformer)
+
+
+def depth_of(key: str, state: Mapping[str, np.ndarray]) -> int:
+    """Number of blocks `KEY.0.`, `KEY.1.`, ... in an official state dict."""
     found = [re.match(rf"{key}\.(\d+)\.", name) for name in state]
     return 1 + max((int(match[1]) for match in found if match), default=-1)
 
 
-def _mlp_ratio(state: Mapping[str, np.ndarray]) -> float:
-    hidden, width = state["blocks.0.mlp.fc1.weight"].shape
+def _mlp_ratio(state: Mapping[str, np.ndarray], key: str = "blocks") -> float:
+    hidden, width = state[f"{key}.0.mlp.fc1.weight"].shape
     return hidden / width
