@@ -19,8 +19,6 @@ from rich.console import Console
 
 from mim_jax import config as configs
 from mim_jax.conversion.export import check_formats, export_variables
-from mim_jax.conversion.initial import initialize_from
-from mim_jax.conversion.pretrained import load_pretrained
 from mim_jax.data import EvaluationCrop, Source, evaluation_batches, open_source
 from mim_jax.data.on_device import denormalize, normalize
 from mim_jax.data.sources import SubsetSource
@@ -40,6 +38,7 @@ from mim_jax.training.run_log import RunLog
 from mim_jax.training.sharding import batch_sharding
 from mim_jax.training.state import TrainState
 from mim_jax.training.step import stream_keys
+from mim_jax.training.stretch import first_state
 from mim_jax.training.versions import versions
 
 STEPS_LATE = 2
@@ -207,23 +206,9 @@ class _Run:
             state = self.checkpoints.restore(self.experiment.abstract_state(batch))
             self.log.note(f"resumed from step {first_step} of {self.experiment.total_steps}")
             return state
-        method = self.experiment.method
-        state, notes = load_pretrained(method, self.experiment.initial_state(batch))
-        if self.config.init_from:
-            state, more = initialize_from(self.config.init_from, method, state)
-            notes += more
+        state, notes = first_state(self.experiment, self.source, batch)
         for note in notes:
             self.log.note(note)
-        if method.calibration_batches:
-            state = self._calibrated(state, method.calibration_batches)
-        return state
-
-    def _calibrated(self, state: TrainState, count: int) -> TrainState:
-        started = time.perf_counter()
-        with contextlib.closing(self._host_batches(0)) as batches:
-            state = self.experiment.calibrated(state, itertools.islice(batches, count))
-        taken = time.perf_counter() - started
-        self.log.note(f"calibrated on {count} batches in {taken:.1f} s")
         return state
 
     def _steps(

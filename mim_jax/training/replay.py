@@ -142,7 +142,7 @@ def replay(
         host_batch = next(batches)
     batch = without_host_entries(host_batch)
     with jax.default_matmul_precision("highest"):
-        state = _state_of_checkpoint(run, experiment, batch, step)
+        state = _state_of_checkpoint(run, experiment, source, batch, step)
         start = int(state.step)
         state, first_difference = _taken_before(step, state, experiment, source, differs, console)
         metrics, gradients = _gradient(experiment, state, batch)
@@ -199,12 +199,12 @@ def _on_one_device(config: ml_collections.ConfigDict, examples: int) -> Experime
 
 
 def _state_of_checkpoint(
-    run: Path, experiment: Experiment, batch: HostBatch, step: int
+    run: Path, experiment: Experiment, source: Source, batch: HostBatch, step: int
 ) -> TrainState:
     """The state of the newest checkpoint before a step, or that of a new run."""
     earlier = [taken for taken in checkpoint_steps(run) if taken < step]
     if not earlier:
-        return first_state(experiment, batch)
+        return first_state(experiment, source, batch)[0]
     with contextlib.closing(Checkpoints(run, experiment.config, read_only=True)) as checkpoints:
         return checkpoints.restore(experiment.abstract_state(batch), earlier[-1])
 

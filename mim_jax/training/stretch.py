@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from mim_jax.conversion.initial import initialize_from
+from mim_jax.conversion.pretrained import load_pretrained
 from mim_jax.data import Source
 from mim_jax.training.experiment import Experiment, HostShapes, training_batches
 from mim_jax.training.feed import DeviceFeed, HostBatch
@@ -18,11 +19,35 @@ HOST_ENTRIES = ("index", "unreadable")
 """Entries of a batch that tell about its rows, and that no step sees."""
 
 
-def first_state(experiment: Experiment, shapes: HostShapes) -> TrainState:
-    """The state of a new run: at its initial values, or those of `init_from`."""
-    state = experiment.initial_state(shapes)
-    path = experiment.config.init_from
-    return initialize_from(path, experiment.method, state)[0] if path else state
+def first_state(
+    experiment: Experiment, source: Source, shapes: HostShapes
+) -> tuple[TrainState, list[str]]:
+    """The state of a new run, and notes for the user on where its values come from.
+
+    Initial values; over them the weights that the method starts from (`Method.pretrained`), and
+    those of `init_from`; then the method's calibration on the first training batches.
+
+    Args:
+        experiment: the run.
+        source: its training data.
+        shapes: arrays (or shapes) of one host batch.
+
+    Raises:
+        FileNotFoundError: if weights are not there.
+        ValueError: if they do not fit.
+    """
+    method, path = experiment.method, experiment.config.init_from
+    state, notes = load_pretrained(method, experiment.initial_state(shapes))
+    if path:
+        state, more = initialize_from(path, method, state)
+        notes += more
+    count = method.calibration_batches
+    if count:
+        batches = training_batches(experiment.config, source, 0, count)
+        with contextlib.closing(batches):
+            state = experiment.calibrated(state, map(without_host_entries, batches))
+        notes.append(f"calibrated on {count} batches")
+    return state, notes
 
 
 def take_steps(

@@ -84,7 +84,7 @@ def _losses(
 ) -> dict[int, float]:
     """Losses of the wanted steps of a new run."""
     with contextlib.closing(training_batches(experiment.config, source, 0, 1)) as batches:
-        state = first_state(experiment, without_host_entries(next(batches)))
+        state, _ = first_state(experiment, source, without_host_entries(next(batches)))
     steps = track(
         take_steps(experiment, source, state, max(wanted)),
         f"training {max(wanted)} of {experiment.total_steps} steps",
