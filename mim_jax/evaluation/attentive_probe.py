@@ -16,11 +16,8 @@ from mim_jax.evaluation.features import all_tokens
 from mim_jax.evaluation.labelled_data import labelled_source
 from mim_jax.evaluation.probe import Probe, ProbeHead, probe_accuracy, train_probe
 from mim_jax.method import Features, Method, Variables
-from mim_jax.models.pooling import AttentivePool
+from mim_jax.models.pooling import AttentivePool, attention_heads
 from mim_jax.training.optimizer import Schedule, scale_by_step_schedule
-
-HEAD_WIDTH = 64
-"""Channels for each attention head of the query, as in ViTs of all sizes."""
 
 STEPS_PER_EPOCH = 32
 """Fewest steps that an epoch should have: small data get smaller batches, not fewer steps."""
@@ -34,7 +31,7 @@ class AttentiveHead(nn.Module):
 
     Attributes:
         num_classes: number of logits.
-        heads: attention heads of the query; 0 takes one for `HEAD_WIDTH` channels.
+        heads: attention heads of the query; 0 takes `attention_heads`.
     """
 
     num_classes: int
@@ -43,8 +40,7 @@ class AttentiveHead(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array, *, train: bool) -> jax.Array:
         """Logits float32 `[batch, classes]` of tokens `[batch, tokens, width]`; see `ProbeHead`."""
-        width = tokens.shape[-1]
-        heads = self.heads or (1 if width % HEAD_WIDTH else width // HEAD_WIDTH)
+        heads = self.heads or attention_heads(tokens.shape[-1])
         pooled = AttentivePool(heads, name="pool")(tokens)
         return ProbeHead(self.num_classes, epsilon=1e-5, name="classifier")(pooled, train=train)
 

@@ -1,7 +1,7 @@
 """The labelled data that a config names for evaluation."""
 
 import contextlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 
 import ml_collections
 import numpy as np
@@ -72,6 +72,42 @@ def centre_crops(
         workers=config.data.workers,
     )
     return _with_labels(batches, source, split)
+
+
+def patch_labels(config: ml_collections.ConfigDict, split: str, grid: Sequence[int]) -> np.ndarray:
+    """The class of every patch of every example, int `[examples, patches]`, row by row.
+
+    A source that knows them has a method `patch_labels(grid)`, which gives them for whole images
+    cut into a grid of patches, -1 for a patch without a class. It is asked for by `getattr`.
+
+    Args:
+        config: a complete config.
+        split: such as `config.evaluate.train_split`.
+        grid: patches along height and width.
+
+    Raises:
+        ValueError: if the source knows labels of whole images alone, or the evaluation crop cuts
+            images, so that patches lie elsewhere.
+        FileNotFoundError: as for `labelled_source`.
+    """
+    source, _ = labelled_source(config, split)
+    labels_of = getattr(source, "patch_labels", None)
+    if labels_of is None:
+        raise ValueError(
+            f"the data source {source.name!r} (split {split!r}) has a label for each image, but "
+            "none for each patch, which the protocol 'patch_local' needs. Take 'patch_global', or "
+            "call mim_jax.evaluation.patch_local_recall with labels of your own."
+        )
+    if config.evaluate.crop_ratio != 1.0:
+        raise ValueError(
+            f"evaluate.crop_ratio is {config.evaluate.crop_ratio}, which cuts the images that "
+            "patch labels are for; set it to 1.0."
+        )
+    labels = np.asarray(labels_of(tuple(grid)))
+    wanted = (len(source), int(np.prod(grid)))
+    if labels.shape != wanted:
+        raise ValueError(f"{source.name!r} gives patch labels {labels.shape}; expected {wanted}.")
+    return labels
 
 
 def random_crops(

@@ -15,6 +15,7 @@ from mim_jax.evaluation.features import extract_features, raw_pixels
 from mim_jax.evaluation.knn import knn_accuracy
 from mim_jax.evaluation.labelled_data import centre_crops
 from mim_jax.evaluation.linear_probe import lars_probe_accuracy, linear_accuracy
+from mim_jax.evaluation.patch_probe import patch_global, patch_local
 from mim_jax.method import Method, Variables
 
 FEATURE_PROTOCOLS: dict[str, Callable[..., float]] = {
@@ -26,6 +27,8 @@ FEATURE_PROTOCOLS: dict[str, Callable[..., float]] = {
 NETWORK_PROTOCOLS: dict[str, Callable[..., float | dict[str, float]]] = {
     "linear_lars": lars_probe_accuracy,
     "attentive": attentive_probe_accuracy,
+    "patch_local": patch_local,
+    "patch_global": patch_global,
     "classification": classification,
 }
 """Accuracies, or several scores by name, of (method, variables, config)."""
@@ -35,6 +38,8 @@ PROTOCOLS: dict[str, str] = {
     "linear": "logistic regression on frozen features, for small data",
     "linear_lars": "the MAE paper's linear probe: LARS, augmentation, 90 epochs",
     "attentive": "the CAE paper's probe: one query attends to all tokens of the frozen encoder",
+    "patch_local": "recall of the class of every patch from its frozen token (Locality Alignment)",
+    "patch_global": "recall of the classes of an image from its frozen patch tokens, likewise",
     "classification": "accuracies, AUROC and cross-entropy of a classifier's own predictions",
 }
 """What each protocol is, by name."""

@@ -30,9 +30,16 @@ class TransformerPool(nn.Module):
         return layer_norm("norm", blocks.dtype, blocks.epsilon)(blocks(tokens)[0])
 
 
+def attention_heads(width: int) -> int:
+    """One head for 64 channels, as ViTs of most sizes have; 1 where that does not divide."""
+    return 1 if width % 64 else width // 64
+
+
 def pooling_blocks(heads: int, depth: int = 1, **fields: Any) -> Transformer:
     """The blocks of a `TransformerPool` as published; more fields are those of `Transformer`."""
-    return Transformer(depth, heads, **{"qkv_bias": "none", "epsilon": 1e-5, **fields})
+    # Without a parent, they belong to the pool even where another module makes both.
+    fields = {"qkv_bias": "none", "epsilon": 1e-5, "parent": None, **fields}
+    return Transformer(depth, heads, **fields)
 
 
 class AttentivePool(nn.Module):
