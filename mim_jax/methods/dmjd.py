@@ -25,13 +25,21 @@ from mim_jax.method import (
     Variables,
     register,
 )
-from mim_jax.methods.mae import adopt_encoder, blocks_of, build_encoder, depth_of, encoder_like
+from mim_jax.methods.mae import (
+    adopt_encoder,
+    blocks_of,
+    build_encoder,
+    decoder_rules,
+    depth_of,
+    encoder_like,
+)
 from mim_jax.models import conv_vit
 from mim_jax.models.conv_vit import ConvViT, conv_vit_size
 from mim_jax.models.masked_decoder import MaskedDecoder
 from mim_jax.models.tower import Tower, build_tower, check_grid, see
 from mim_jax.models.transformer import ACTIVATIONS, LAYER_NORM_EPSILON, layer_norm, restacked
 from mim_jax.models.vit import ViT
+from mim_jax.tower_layout import tower_layout
 
 BINS = 9
 """Orientations of the HOG target."""
@@ -144,6 +152,7 @@ class DMJD(Method):
         std: standard deviation of each channel.
         teacher: predict the features of this tower instead of HOG.
         teacher_path: where its weights are.
+        teacher_naming: what its weights are called in an official file, see `tower_layout`.
     """
 
     model: JointDistillation
@@ -159,6 +168,7 @@ class DMJD(Method):
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     teacher: Tower | None = None
     teacher_path: str = ""
+    teacher_naming: str = "timm"
 
     streams: ClassVar[tuple[str, ...]] = ("mask",)
 
@@ -209,6 +219,7 @@ class DMJD(Method):
             tuple(config.data.std),
             teacher,
             model.teacher.path,
+            "hf-clip" if model.teacher.family in ("clip", "openclip") else "timm",
         )
         _ = method.counts  # raises if grid and ratios do not fit
         return method
@@ -284,8 +295,8 @@ class DMJD(Method):
     def target(self, variables: Variables, images: jax.Array) -> jax.Array:
         """What to predict for every token, `[batch, tokens, values]`, float32.
 
-        Oriented gradients of the images as they were before normalization; or all patch tokens of
-        the teacher, each with mean 0 and variance 1.
+        Oriented gradients of the images as they were before normalization; or the output of the
+        teacher's last block for every patch, with mean 0 and variance 1.
         """
         if self.teacher:
             seen = see(
@@ -293,7 +304,7 @@ class DMJD(Method):
                 variables["params"]["teacher"],
                 self.teacher.inputs(images, self.mean, self.std),
             )
-            return targets.whiten(seen.patches(seen.tokens))
+            return targets.whiten(seen.patches(seen.blocks[-1]))
         pixels = denormalize(images, self.mean, self.std)
         cells = self.model.encoder.patch_size[0] // self.cell_size
         return targets.hog_tokens(targets.hog(pixels, self.cell_size, BINS), cells)
@@ -343,9 +354,11 @@ class DMJD(Method):
     def layout(self) -> layout.Layout:
         """The official pre-training checkpoint; the plain ViT in the names of MAE.
 
-        Releases without decoder and head are accepted. A teacher is not part of it.
+        Files without decoder and head, or without teacher, are accepted.
         """
-        encoder, decoder = self.model.encoder, self.model.decoder
+        encoder, decoder, teacher = self.model.encoder, self.model.decoder, layout.Layout(())
+        if self.teacher:
+            teacher = tower_layout(self.teacher, self.teacher_naming, "teacher", "teacher.")
         if isinstance(encoder, ConvViT):
             rules, constants = conv_vit_rules("encoder", encoder), conv_vit_constants(encoder)
         else:
@@ -353,25 +366,21 @@ class DMJD(Method):
         return layout.Layout(
             rules=(
                 *rules,
-                *layout.linear_rules("decoder_embed", "decoder/embed"),
-                layout.Rule("mask_token", "decoder/mask_token"),
-                *layout.transformer_rules(
-                    "decoder_blocks", "decoder/transformer", decoder.transformer, decoder.width
-                ),
-                *layout.layer_norm_rules("decoder_norm", "decoder/norm"),
-                *layout.linear_rules("decoder_pred", "decoder/pred"),
+                *decoder_rules(decoder),
                 *layout.linear_rules("proj_embed.0", "head/fc1"),
                 *layout.layer_norm_rules("proj_embed.1", "head/norm1"),
                 *layout.linear_rules("proj_embed.3", "head/fc2"),
                 *layout.layer_norm_rules("proj_embed.4", "head/norm2"),
                 *layout.linear_rules("proj_embed.6", "head/fc3"),
                 *layout.linear_rules("predictor.0", "head/pred"),
+                *teacher.rules,
             ),
             constants=(
                 *constants,
                 layout.Constant("decoder_pos_embed", decoder.position_table()[None]),
+                *teacher.constants,
             ),
-            optional=(r"decoder_.*|mask_token|proj_embed.*|predictor.*",),
+            optional=(r"decoder_.*|mask_token|proj_embed.*|predictor.*", r"teacher\..*"),
         )
 
     def sized_like(self, state: Mapping[str, np.ndarray], known: Mapping[str, Any]) -> "DMJD":
