@@ -1,10 +1,35 @@
-"""Fine-tuning a pre-trained ViT as a classifier: the recipes of the official MAE code."""
+"""Fine-tuning a pre-trained encoder as a classifier: the official recipes of MAE and its heirs."""
 
 import ml_collections
 
-VARIANTS = ("vit_b16", "vit_l16", "vit_h14", "adapt", "tiny")
-"""The paper's three sizes on ImageNet-1K, one that derives its settings from a folder of labelled
-images and the weights to start from, and one that goes on from a run of `mae:tiny`."""
+from mim_jax.models.tower import CLIP
+
+VARIANTS = (
+    "vit_b16",
+    "vit_l16",
+    "vit_h14",
+    "cae_b16",
+    "cae_l16",
+    "cae_v2_b16",
+    "cae_v2_s16",
+    "cae_v2_t16",
+    "maskalign_b16",
+    "maskalign_l16",
+    "convmae_b16",
+    "dmjd_b16",
+    "dmjd_l16",
+    "locality_b16",
+    "locality_l14",
+    "locality_l14_336",
+    "adapt",
+    "tiny",
+)
+"""MAE's three sizes on ImageNet-1K; what CAE (and v2), MaskAlign, ConvMAE (and MR-MAE), DMJD and
+Locality Alignment do there; one that derives its settings from a folder of labelled images and the
+weights to start from; and one that goes on from a run of `mae:tiny`."""
+
+HYBRID = ("convmae_b16", "dmjd_b16", "dmjd_l16")
+"""Variants with ConvMAE's encoder."""
 
 
 def get_config(variant: str = "vit_b16") -> ml_collections.ConfigDict:
@@ -13,19 +38,15 @@ def get_config(variant: str = "vit_b16") -> ml_collections.ConfigDict:
         dict(
             method="finetune",
             model=dict(
-                # "tiny" to "huge", as in `VIT_SIZES`; width, depth, heads override it where > 0.
-                size="base",
-                width=0,
-                depth=0,
-                heads=0,
+                **(_conv_vit() if variant in HYBRID else _vit()),
                 mlp_ratio=4.0,
-                patch_size=(16, 16),
                 position_grid=(),
                 # 0 takes the number of the data.
                 num_classes=0,
                 # "single", "multi" (any number of classes for an image), or "" for the data's.
                 labels="",
-                # "mean" of the patch tokens with a norm of its own, or "cls" for the class token.
+                # "mean" of the patch tokens with a norm of its own, "cls" for the class token, or
+                # "block": a transformer block on all tokens, and their mean (Locality Alignment).
                 pool="mean",
                 drop_path=0.1,
                 # Factor on the learning rate from one layer to the one below.
@@ -65,6 +86,21 @@ def get_config(variant: str = "vit_b16") -> ml_collections.ConfigDict:
         config.epochs = 50.0
     if variant == "vit_h14":
         config.model.update(size="huge", drop_path=0.3, patch_size=(14, 14))
+    if variant.startswith("cae"):
+        _set_cae(config, variant)
+    if variant.startswith("maskalign"):
+        config.optimizer.base_lr = 3e-4
+        config.model.update(drop_path=0.2, layer_decay=0.55)
+    if variant == "maskalign_l16":
+        config.model.update(size="large", drop_path=0.4, layer_decay=0.75)
+        config.epochs = 50.0
+    if variant.startswith("dmjd"):
+        config.model.conv_mlp_ratios = (8.0, 8.0)
+    if variant == "dmjd_l16":
+        config.model.update(size="large", drop_path=0.2, layer_decay=0.75)
+        config.epochs = 50.0
+    if variant.startswith("locality"):
+        _set_locality(config, variant)
     if variant == "adapt":
         # All that is empty or 0 here is derived from the data, the weights and the devices.
         config.model.update(
@@ -118,3 +154,83 @@ def get_config(variant: str = "vit_b16") -> ml_collections.ConfigDict:
         config.checkpoint = dict(every_steps=200)
         config.evaluate.crop_ratio = 1.0
     return config
+
+
+def _vit() -> dict:
+    return dict(
+        encoder="vit",
+        # Of pre-trained ViTs, as in `mim_jax.models.tower.FAMILIES`: "mae" (its heirs as well),
+        # "cae", "clip", "dino", ...
+        family="mae",
+        # "tiny" to "huge", as in `VIT_SIZES`; width, depth, heads override it where > 0.
+        size="base",
+        width=0,
+        depth=0,
+        heads=0,
+        patch_size=(16, 16),
+        # A learned table of relative positions in every block, zero at first (CAE).
+        position_bias=False,
+        # Factors on the branches of blocks, where the weights have none; 0 for the family's.
+        layer_scale=0.0,
+        # Bound of the attention logits (encoders of Locality Alignment: 30); 0 for none.
+        logit_cap=0.0,
+    )
+
+
+def _conv_vit() -> dict:
+    return dict(
+        encoder="conv_vit",
+        # "base" or "large", as in `CONV_VIT_SIZES`; the three below override it where given.
+        size="base",
+        # Of the three stages.
+        widths=(),
+        depths=(),
+        heads=0,
+        patch_sizes=(4, 2, 2),
+        # Of both convolutional stages; `mlp_ratio` is that of the third.
+        conv_mlp_ratios=(4.0, 4.0),
+        # A learned token before the others, as in the released MR-MCMAE models.
+        cls_token=False,
+    )
+
+
+def _set_cae(config: ml_collections.ConfigDict, variant: str) -> None:
+    """CAE's and CAE v2's recipes; their learning rates are absolute."""
+    config.model.update(family="cae", position_bias=True)
+    if not variant.startswith("cae_v2"):
+        config.data.update(augment="", color_jitter=(0.4, 0.4, 0.4))
+        config.batch_size = 4096
+        config.optimizer.lr = 8e-3
+        if variant == "cae_l16":
+            config.model.update(size="large", drop_path=0.2, layer_decay=0.75)
+            config.optimizer.lr = 2e-3
+            config.epochs = 50.0
+        return
+    config.model.layer_decay = 0.75
+    config.optimizer.lr = 2e-4
+    if variant == "cae_v2_s16":
+        config.model.update(size="small", heads=12)
+        config.optimizer.lr = 4e-4
+        config.epochs = 200.0
+        config.schedule.warmup_epochs = 20.0
+    if variant == "cae_v2_t16":
+        config.model.update(size="tiny", heads=12, layer_decay=0.85)
+        config.model.update(drop_path=0.0, mixup=0.2, cutmix=0.0, smoothing=0.0)
+        config.data.augment = "rand-m10-mstd0.5-inc1"
+        config.optimizer.lr = 4e-3
+
+
+def _set_locality(config: ml_collections.ConfigDict, variant: str) -> None:
+    """Locality Alignment's recipe for CLIP's towers; for one as released, `logit_cap` is 0."""
+    config.model.update(family="clip", logit_cap=30.0, pool="block", layer_decay=0.7)
+    mean, std = CLIP
+    # Beside RandAugment, timm leaves the colour jitter of the recipe (0.3) out.
+    config.data.update(mean=mean, std=std)
+    config.optimizer.update(lr=3e-4, clip_norm=3.0)
+    config.schedule.min_lr = 3e-5
+    config.epochs = 50.0
+    config.evaluate.crop_ratio = 0.9
+    if variant != "locality_b16":
+        config.model.update(size="large", patch_size=(14, 14))
+    if variant == "locality_l14_336":
+        config.data.image_size = (336, 336)

@@ -40,7 +40,7 @@ def build_conv_vit(
         **{
             "position_grid": tuple(model.position_grid) or None,
             "class_token": model.cls_token,
-            "removed": model.removed,
+            "removed": model.get("removed", "skipped"),
             **fields,
         },
     )
