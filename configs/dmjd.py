@@ -104,9 +104,9 @@ def get_config(variant: str = "convvit_b16") -> ml_collections.ConfigDict:
             crop_area=(0.5, 1.0),
         )
         config.batch_size = 128
-        config.epochs = 20.0
+        config.epochs = 12.0
         config.optimizer.base_lr = 3e-3
-        config.schedule.warmup_epochs = 2.0
+        config.schedule.warmup_epochs = 1.0
         config.log = dict(every_steps=50)
         config.checkpoint = dict(every_steps=200)
         config.evaluate = dict(protocols=("knn", "linear"), crop_ratio=1.0)

@@ -39,7 +39,7 @@ def build_conv_vit(
         tuple(model.conv_mlp_ratios),
         **{
             "position_grid": tuple(model.position_grid) or None,
-            "class_token": model.cls_token,
+            "class_token": model.get("cls_token", False),
             "removed": model.get("removed", "skipped"),
             **fields,
         },

@@ -25,6 +25,7 @@ from mim_jax.method import (
     Variables,
     register,
 )
+from mim_jax.methods.conv_encoder import build_conv_vit, conv_encoder_of, conv_vit_like
 from mim_jax.methods.mae import (
     adopt_encoder,
     blocks_of,
@@ -34,7 +35,7 @@ from mim_jax.methods.mae import (
     encoder_like,
 )
 from mim_jax.models import conv_vit
-from mim_jax.models.conv_vit import ConvViT, conv_vit_size
+from mim_jax.models.conv_vit import ConvViT
 from mim_jax.models.masked_decoder import MaskedDecoder
 from mim_jax.models.tower import Tower, build_tower, check_grid, see
 from mim_jax.models.transformer import ACTIVATIONS, LAYER_NORM_EPSILON, layer_norm, restacked
@@ -420,95 +421,14 @@ class DMJD(Method):
         """Encoders of the same kind; decoder and head of another DMJD; never a teacher."""
         encoder = self.model.encoder
         if path.startswith("encoder/"):
-            theirs = donor.model.encoder if isinstance(donor, DMJD) else donor.encoder
-            if isinstance(encoder, ConvViT) and isinstance(theirs, ConvViT):
-                return conv_vit.adopted(path, given, theirs, encoder)
             if isinstance(encoder, ViT):
                 return adopt_encoder(path, given, donor, encoder)
-            return given.get(path)
+            theirs = conv_encoder_of(donor)
+            return conv_vit.adopted(path, given, theirs, encoder) if theirs else None
         if path.startswith("teacher/") or not isinstance(donor, DMJD):
             return None
         old, new = donor.model.decoder.transformer, self.model.decoder.transformer
         return restacked(path, given, old, new)
-
-
-def build_conv_vit(config: ml_collections.ConfigDict) -> ConvViT:
-    """The hybrid encoder of `config.model` for images of `config.data`.
-
-    Raises:
-        ValueError: if image, patches and model size do not fit together.
-    """
-    model = config.model
-    size = conv_vit_size(model.size, widths=model.widths, depths=model.depths, heads=model.heads)
-    *conv_depths, depth = size["depths"]
-    encoder = ConvViT(
-        tuple(config.data.image_size),
-        config.data.channels,
-        tuple(size["widths"]),
-        tuple(conv_depths),
-        blocks_of(config)(depth, size["heads"]),
-        tuple(model.patch_sizes),
-        tuple(model.conv_mlp_ratios),
-        position_grid=tuple(model.position_grid) or None,
-        removed=model.removed,
-    )
-    masking.token_grid(encoder.image_size, encoder.patch_size)  # raises if they do not fit
-    return encoder
-
-
-def conv_vit_like(
-    state: Mapping[str, np.ndarray], known: Mapping[str, Any], template: ConvViT
-) -> ConvViT:
-    """The hybrid encoder of an official state dict; what nothing tells is that of the template.
-
-    Args:
-        state: arrays by official key.
-        known: see `Method.sized_like`.
-        template: a hybrid encoder.
-
-    Raises:
-        ValueError: if the file holds no hybrid encoder, or its positions are no square and of
-            another number than the template's.
-    """
-    if "patch_embed1.proj.weight" not in state or "pos_embed" not in state:
-        raise ValueError(
-            "it has no patch_embed1.proj.weight and pos_embed, so it is no hybrid encoder in the "
-            f"naming of ConvMAE; it begins with {', '.join(sorted(state)[:5])}."
-        )
-    kernels = [state[f"patch_embed{stage}.proj.weight"] for stage in (1, 2, 3)]
-    first, second, third = kernels
-    patch_sizes = (first.shape[-1], second.shape[-1], third.shape[-1])
-    side, tokens, grid = math.prod(patch_sizes), state["pos_embed"].shape[1], template.grid
-    if "image_size" in known:
-        grid = (known["image_size"][0] // side, known["image_size"][1] // side)
-    if math.prod(grid) != tokens:
-        if math.isqrt(tokens) ** 2 != tokens:
-            raise ValueError(f"its {tokens} positions are no square; set data.image_size.")
-        grid = (math.isqrt(tokens), math.isqrt(tokens))
-
-    def mlp_ratio(block: str) -> float:
-        hidden, width = state[f"{block}.mlp.fc1.weight"].shape[:2]
-        return hidden / width
-
-    widths = (len(first), len(second), len(third))
-    sizes = conv_vit.CONV_VIT_SIZES.values()
-    heads = next((s["heads"] for s in sizes if s["widths"] == widths), template.transformer.heads)
-    if widths == template.widths:
-        heads = template.transformer.heads
-    return template.clone(
-        image_size=(grid[0] * side, grid[1] * side),
-        channels=first.shape[1],
-        widths=widths,
-        depths=(depth_of("blocks1", state), depth_of("blocks2", state)),
-        transformer=template.transformer.clone(
-            depth=depth_of("blocks3", state),
-            heads=known.get("heads", heads),
-            mlp_ratio=mlp_ratio("blocks3.0"),
-        ),
-        patch_sizes=patch_sizes,
-        mlp_ratios=(mlp_ratio("blocks1.0"), mlp_ratio("blocks2.0")),
-        position_grid=None,
-    )
 
 
 def hog_values(encoder: ConvViT | ViT, cell_size: int) -> int:
