@@ -23,6 +23,9 @@ CONFIG_FOLDER = next(
 FREE_FIELDS = ("model", "optimizer.groups", "sharding.rules")
 """Parts whose fields belong to the method or the user, so that `defaults` cannot list them."""
 
+CROPS = ("random_resized", "keep_ratio")
+"""Training crops."""
+
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Types of matrix products."""
 
@@ -59,7 +62,10 @@ def defaults() -> ml_collections.ConfigDict:
                 # Mean and standard deviation of each channel, for values in [0, 1].
                 mean=(0.485, 0.456, 0.406),
                 std=(0.229, 0.224, 0.225),
-                # Random resized crop: share of the area, aspect ratio.
+                # Training crop: "random_resized" cuts a random box; "keep_ratio" keeps the middle,
+                # sometimes zoomed or stretched (`rkrc` of timm).
+                crop="random_resized",
+                # Of both: share of the area, aspect ratio.
                 crop_area=(0.2, 1.0),
                 crop_aspect=(3 / 4, 4 / 3),
                 # A second rendering of the same crop for a network that makes targets, such as
@@ -352,7 +358,14 @@ def resolve(config: ml_collections.ConfigDict, platform: str) -> ml_collections.
             f"data.color_jitter {config.data.color_jitter} needs images of 8 bits; set it to "
             "(0, 0, 0), or data.bits to 8."
         )
+    if config.data.crop not in CROPS:
+        raise ValueError(f"data.crop is {config.data.crop!r}; known are {', '.join(CROPS)}.")
     size = config.data.target_size
+    if config.data.crop == "keep_ratio" and size:
+        raise ValueError(
+            "data.crop 'keep_ratio' gives one rendering of an image, but data.target_size asks for "
+            "two; set it to (), or data.crop to 'random_resized'."
+        )
     if size and not (len(size) == 2 and all(type(side) is int and side > 0 for side in size)):
         raise ValueError(
             f"data.target_size is {size}; give height and width in pixels, or () for none."

@@ -177,7 +177,7 @@ class EvaluationCrop:
             `[size[0], size[1], channels]` of the same type.
         """
         del rng
-        image = _without_far_ends(image, self.size)
+        image = without_far_ends(image, self.size)
         whole = self.resized_size(image.shape[0], image.shape[1])
         # Python's round halves to even, as torchvision's center_crop does.
         top = round((whole[0] - self.size[0]) / 2)
@@ -196,7 +196,7 @@ class EvaluationCrop:
         return columns * height // width, columns
 
 
-def _without_far_ends(image: np.ndarray, size: Size) -> np.ndarray:
+def without_far_ends(image: np.ndarray, size: Size) -> np.ndarray:
     """Return the middle of an image that is very much longer than the crop.
 
     Only its middle is in the crop, but all of it would be resized: 1 x 4,000 pixels to 256 x

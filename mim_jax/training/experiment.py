@@ -21,6 +21,7 @@ from mim_jax.data import (
     train_batches,
 )
 from mim_jax.data.color_jitter import ColorJitter
+from mim_jax.data.keep_ratio_crop import KeepRatioCrop
 from mim_jax.data.on_device import normalize, random_flip
 from mim_jax.data.pipeline import Batches, TrainTransform
 from mim_jax.data.rand_augment import Composed, RandAugment
@@ -274,17 +275,22 @@ def training_batches(
 
 
 def training_crop(config: ml_collections.ConfigDict) -> TrainTransform:
-    """The random resized crop of a config, and what other fields of `data` add to it."""
+    """The training crop of a config, and what other fields of `data` add to it."""
     data = config.data
-    crop = RandomResizedCrop(
-        tuple(data.image_size),
+    fields: dict[str, Any] = dict(
+        size=tuple(data.image_size),
         area=tuple(data.crop_area),
         aspect=tuple(data.crop_aspect),
         backend=data.backend,
     )
-    steps: list[TrainTransform] = [crop]
-    if data.target_size:
-        steps = [CropWithTarget(crop, tuple(data.target_size), data.target_interpolation)]
+    steps: list[TrainTransform] = []
+    if data.crop == "keep_ratio":
+        steps.append(KeepRatioCrop(**fields))
+    elif data.target_size:
+        crop = RandomResizedCrop(**fields)
+        steps.append(CropWithTarget(crop, tuple(data.target_size), data.target_interpolation))
+    else:
+        steps.append(RandomResizedCrop(**fields))
     if any(data.color_jitter):
         steps.insert(0, ColorJitter(*data.color_jitter))
     if data.augment:
