@@ -47,7 +47,7 @@ from mim_jax.models.conv_vit import ConvViT
 from mim_jax.models.masked_decoder import MaskedDecoder
 from mim_jax.models.tower import Seen, Tower, build_tower, check_grid, see
 from mim_jax.models.transformer import LAYER_NORM_EPSILON
-from mim_jax.models.vit import ViT
+from mim_jax.models.vit import ViT, adopted
 from mim_jax.tower_layout import tower_layout
 
 CHOICES = {
@@ -448,7 +448,11 @@ class MRMAE(Method):
         return dataclasses.replace(self, model=model, kept=kept)
 
     def adopt(self, path: str, given: Mapping[str, np.ndarray], donor: Method) -> np.ndarray | None:
-        """Encoders of the same kind, the decoder of an MAE or MR-MAE; head and teacher as is."""
+        """Encoders of the same kind, and the decoder of an MAE or MR-MAE.
+
+        Of an MR-MAE also the head, if it predicts as many features of as many layers; and the
+        teacher, if it came from the same path. Otherwise it has weights of its own.
+        """
         encoder = self.model.encoder
         if path.startswith("encoder/"):
             if isinstance(encoder, ViT):
@@ -461,7 +465,16 @@ class MRMAE(Method):
             assert self.model.decoder is not None
             old, new = (donor.model.encoder, donor.model.decoder), (encoder, self.model.decoder)
             return adopt_decoder(path, given, old, new)
-        return given.get(path) if isinstance(donor, MRMAE) else None
+        if not isinstance(donor, MRMAE):
+            return None
+        if path.startswith("mimic_head/"):
+            heads = (donor.model.mimic_head, self.model.mimic_head)
+            kinds = {head and (head.outputs, head.earlier) for head in heads}
+            return given.get(path) if len(kinds) == 1 else None
+        old_teacher, new_teacher = donor.teacher, self.teacher
+        if old_teacher is None or new_teacher is None or donor.teacher_path != self.teacher_path:
+            return None
+        return adopted(path, given, old_teacher.encoder, new_teacher.encoder)
 
 
 def ends_of_quarters(depth: int) -> tuple[int, ...]:
