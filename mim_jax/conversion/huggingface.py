@@ -153,6 +153,15 @@ def read_folder(folder: Path) -> tuple[State, dict[str, Any]]:
             f"{folder}/config.json names the architecture {architecture or 'none'!r}; known are "
             f"{', '.join(CLASSES)}."
         )
+    return read_arrays(folder), config
+
+
+def read_arrays(folder: Path) -> State:
+    """Arrays by key of a model folder, in one file or several.
+
+    Raises:
+        FileNotFoundError: if the folder holds none.
+    """
     index = folder / f"{WEIGHTS}.index.json"
     if index.is_file():
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -163,7 +172,7 @@ def read_folder(folder: Path) -> tuple[State, dict[str, Any]]:
     state: State = {}
     for name in files:
         state |= read_state_dict(folder / name)
-    return state, config
+    return state
 
 
 def _write(

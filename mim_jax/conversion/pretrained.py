@@ -9,8 +9,10 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from mim_jax.conversion.dvae import dvae_layout, read_dvae
 from mim_jax.conversion.towers import read_tower
 from mim_jax.method import Method, Pretrained
+from mim_jax.models.dvae import DVAEEncoder
 from mim_jax.models.tower import Tower
 from mim_jax.models.vit import ViT, adopted
 from mim_jax.training.state import TrainState
@@ -68,7 +70,11 @@ def _read(part: Pretrained, wanted: Mapping[str, Any]) -> dict[str, np.ndarray]:
     if isinstance(module, (Tower, ViT)):
         receiver = module.encoder if isinstance(module, Tower) else module
         prefix = "encoder/" if isinstance(module, ViT) else ""
-        tower, params = read_tower(part.path, projection=receiver is not module)
+        tower, params = read_tower(
+            part.path,
+            projection=receiver is not module,
+            given={"width": receiver.width, "heads": receiver.transformer.heads},
+        )
         found = {}
         for name in wanted:
             path = prefix + name
@@ -77,4 +83,9 @@ def _read(part: Pretrained, wanted: Mapping[str, Any]) -> dict[str, np.ndarray]:
             if value is not None:
                 found[name] = value
         return found
+    if isinstance(module, DVAEEncoder):
+        try:
+            return flatten(dvae_layout(module).load(read_dvae(part.path), unflatten(dict(wanted))))
+        except ValueError as error:
+            raise ValueError(f"{part.path}, named by {part.field}: {error}") from error
     raise TypeError(f"{type(module).__name__} has no reader of weights.")

@@ -36,14 +36,19 @@ class Family:
         encoder: fields of `ViT`.
         blocks: fields of `Transformer`.
         statistics: mean and standard deviation of the images.
-        attention_pool: the image's representation is an `AttentionPool`.
+        block_position_bias: every block has a `RelativePositionBias` of the encoder's grid.
+        pool: see `Tower`.
     """
 
     encoder: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     blocks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     statistics: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET
-    attention_pool: bool = False
+    block_position_bias: bool = False
+    pool: str = "token"
 
+
+POOLS = ("token", "mean", "attention")
+"""See `Tower`."""
 
 _CLIP_ENCODER = dict(positions="learned", pre_norm=True, patch_bias=False)
 
@@ -59,7 +64,7 @@ FAMILIES: dict[str, Family] = {
         dict(positions="learned", class_token=False, floor_grid=True),
         dict(activation="gelu_tanh"),
         HALF,
-        attention_pool=True,
+        pool="attention",
     ),
     "dino": Family(dict(positions="learned"), dict(epsilon=1e-12)),
     "dinov2": Family(dict(positions="learned"), dict(layer_scale=1.0)),
@@ -68,8 +73,16 @@ FAMILIES: dict[str, Family] = {
         dict(qkv_bias="query_value", layer_scale=0.1, epsilon=1e-12),
         HALF,
     ),
+    "beit_finetuned": Family(
+        dict(positions="none"),
+        dict(qkv_bias="query_value", layer_scale=0.1, epsilon=1e-12),
+        HALF,
+        block_position_bias=True,
+        pool="mean",
+    ),
 }
-"""Families by name; "vit" is a supervised ViT of timm, "openclip" a CLIP with exact GELU."""
+"""Families by name; "vit" is a supervised ViT of timm, "openclip" a CLIP with exact GELU. BEiT's
+blocks share their position bias in pre-training, and have one each after fine-tuning."""
 
 TOWERS: dict[str, dict[str, Any]] = {
     "clip_b16": dict(family="clip", size="base", patch_size=16, image_size=224, outputs=512),
@@ -115,8 +128,9 @@ def tower_settings(name: str, path: str = "", **changes: Any) -> dict[str, Any]:
 
     Returns:
         What `build_tower` reads. `image_size` is what the tower gets to see (positions that were
-        learned on another size are resized); `mean` and `std` are () for those of the family;
-        `compute_dtype` is "" for that of the config.
+        learned on another size are resized, fixed ones are spread from `position_grid`, where it
+        is not ()); `pool` is "", `epsilon` 0, `mean` and `std` () for those of the family;
+        `logit_cap` is 0 for none; `compute_dtype` is "" for that of the config.
     """
     given = {**TOWERS[name], **changes}
     sizes = {"width": 0, "depth": 0, "heads": 0, "mlp_ratio": 4.0}
@@ -133,7 +147,10 @@ def tower_settings(name: str, path: str = "", **changes: Any) -> dict[str, Any]:
             "channels": 3,
             "registers": 0,
             "outputs": 0,
+            "position_grid": (),
+            "pool": "",
             "epsilon": 0.0,
+            "logit_cap": 0.0,
             "mean": (),
             "std": (),
             "compute_dtype": "",
@@ -201,14 +218,16 @@ class Tower(nn.Module):
     Attributes:
         encoder: a ViT.
         outputs: width of a linear projection without bias; 0 for none.
-        attention_pool: see `AttentionPool`.
+        pool: what represents an image: "token" for the class token (or the mean of the patches,
+            in a tower without it) in the space of the projection, "mean" for the normalized mean
+            of the patches after the last block, "attention" for an `AttentionPool`.
         mean: of each channel in the images that it was trained on, for values in [0, 1].
         std: standard deviation of each channel.
     """
 
     encoder: ViT
     outputs: int = 0
-    attention_pool: bool = False
+    pool: str = "token"
     mean: tuple[float, ...] = IMAGENET[0]
     std: tuple[float, ...] = IMAGENET[1]
 
@@ -223,8 +242,19 @@ class Tower(nn.Module):
                 self.outputs, use_bias=False, dtype=transformer.dtype, name="projection"
             )
             projected = projection(tokens)
-        if self.attention_pool:
-            pooled = AttentionPool(transformer, name="pool")(tokens)
+        pooled: Any
+        if self.pool == "attention":
+            pooled = AttentionPool(transformer, name="attention_pool")(tokens)
+        elif self.pool == "mean":
+            # The norm of the encoder itself, which has normalized token by token.
+            norm = nn.LayerNorm(
+                transformer.epsilon,
+                transformer.dtype,
+                use_fast_variance=False,
+                parent=None,
+            )
+            weights = {"params": self.encoder.variables["params"]["norm"]}
+            pooled = norm.apply(weights, blocks[-1][:, self.encoder.prefix_tokens :].mean(axis=1))
         else:
             pooled = projected[:, 0] if self.encoder.class_token else projected.mean(axis=1)
         return tokens, projected, blocks, pooled
@@ -296,6 +326,8 @@ def build_tower(settings: Any, compute_dtype: str, **blocks: Any) -> Tower:
         raise ValueError(
             f"the teacher's family is {settings.family!r}; known are {', '.join(FAMILIES)}."
         )
+    if settings.pool not in ("", *POOLS):
+        raise ValueError(f"the teacher's pool is {settings.pool!r}; known are {', '.join(POOLS)}.")
     for field in ("width", "depth", "heads"):
         if settings[field] < 1:
             raise ValueError(
@@ -311,21 +343,26 @@ def build_tower(settings: Any, compute_dtype: str, **blocks: Any) -> Tower:
     }
     if settings.epsilon:
         common["epsilon"] = settings.epsilon
+    if settings.logit_cap:
+        common["logit_cap"] = settings.logit_cap
     encoder = ViT(
         tuple(settings.image_size),
         tuple(settings.patch_size),
         settings.channels,
         settings.width,
         Transformer(settings.depth, settings.heads, **common),
+        position_grid=tuple(settings.position_grid) or None,
         registers=settings.registers,
         **family.encoder,
     )
-    _ = encoder.grid  # raises if image and patch do not fit
+    grid = encoder.grid  # raises if image and patch do not fit
+    if family.block_position_bias:
+        encoder = encoder.clone(transformer=encoder.transformer.clone(position_bias=grid))
     mean, std = (
         tuple(given) or statistics
         for given, statistics in zip((settings.mean, settings.std), family.statistics)
     )
-    return Tower(encoder, settings.outputs, family.attention_pool, mean, std)
+    return Tower(encoder, settings.outputs, settings.pool or family.pool, mean, std)
 
 
 def check_grid(tower: Tower, grid: Sequence[int], student: str = "student") -> None:

@@ -16,6 +16,7 @@ import ml_collections
 
 from mim_jax import config as configs
 from mim_jax.conversion.initial import read_donor
+from mim_jax.conversion.towers import TOLD, settings_of
 from mim_jax.data import open_source
 from mim_jax.data.inspection import SourceFacts, inspect_source
 from mim_jax.method import Method, method_class
@@ -47,6 +48,10 @@ OPEN: dict[str, Any] = {
 
 SIZE_FIELDS = ("model.width", "model.depth", "model.heads")
 """Open together, where `model.size` is empty and they are 0."""
+
+TOWER_FIELDS = ("path", "family")
+"""A part of `config.model` that has both describes a tower, see `tower_settings`. Its weights tell
+all else, wherever its path is not empty."""
 
 FEWEST_PATCHES = 7
 """Along a side: with fewer there is little to mask."""
@@ -101,7 +106,21 @@ def open_fields(config: ml_collections.ConfigDict) -> list[str]:
         found.remove("model.position_grid")  # the model's own grid, as `()` says
     if not values.get("model.size", "?") and all(values[f] == 0 for f in SIZE_FIELDS):
         found += SIZE_FIELDS
+    for tower in _towers(config):
+        found += [f"{tower}.{field}" for field in TOLD if f"{tower}.{field}" in values]
     return found
+
+
+def _towers(config: ml_collections.ConfigDict) -> list[str]:
+    """Parts of a config whose weights tell their sizes, by dotted name."""
+    parts = {f"model.{name}": part for name, part in config.model.items()}
+    return [
+        name
+        for name, part in parts.items()
+        if isinstance(part, ml_collections.ConfigDict)
+        and all(field in part for field in TOWER_FIELDS)
+        and part.path
+    ]
 
 
 def complete_from_weights(
@@ -152,7 +171,11 @@ class _Derivation:
 
     def run(self) -> None:
         """Fills in everything."""
-        if self.fields == ["model.position_grid"]:
+        told = self._of_towers()
+        open_ones = [field for field in self.fields if field not in told]
+        if not open_ones:
+            return
+        if open_ones == ["model.position_grid"]:
             self._weights()  # they alone tell it, so no data are looked at
             return
         facts = self._facts()
@@ -169,6 +192,17 @@ class _Derivation:
             _filled(self.config, {field: value})
             self.settings = [s for s in self.settings if s.field != field]
             self.settings.append(Derived(field, value, reason))
+
+    def _of_towers(self) -> list[str]:
+        """What the weights of towers tell, and the names of these fields."""
+        told = []
+        for tower in _towers(self.config):
+            given = self.config.model[tower.removeprefix("model.")]
+            for field, value in settings_of(given.path, given.to_dict()).items():
+                told.append(f"{tower}.{field}")
+                if field in given and given[field] != value:
+                    self.set(f"{tower}.{field}", value, f"of {given.path}")
+        return told
 
     def _facts(self) -> SourceFacts:
         data = self.config.data
