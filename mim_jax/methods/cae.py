@@ -592,5 +592,7 @@ def _depth(key: str, state: Mapping[str, np.ndarray]) -> int:
 
 
 def _scale(key: str, state: Mapping[str, np.ndarray], like: Transformer) -> float | None:
-    """The layer scale of blocks that have one in a file; its value is that of the template."""
-    return (like.layer_scale or 1.0) if key in state else None
+    """The layer scale of blocks that train one in a file; its value is that of the template."""
+    if key not in state or np.all(state[key] == 1):  # the regressor's fixed ones
+        return None
+    return like.layer_scale or 1.0

@@ -57,21 +57,28 @@ def peak_rate(config: ml_collections.ConfigDict, batch_size: int) -> float:
     return config.lr or config.base_lr * batch_size / 256
 
 
-def is_decayed(path: str, leaf: Any, no_decay: Sequence[str] = ()) -> bool:
+def is_decayed(
+    path: str, leaf: Any, no_decay: Sequence[str] = (), *, decay_all: bool = False
+) -> bool:
     """Whether weight decay applies: all but biases, norm scales and other 1-D parameters.
 
     The rule of timm 0.3.2 that MAE uses. Class and mask tokens have three axes and do decay,
     unless a pattern of `no_decay` is found in their path. The rule goes by name as well, since
-    our biases may be split into heads or stacked over blocks.
+    our biases may be split into heads or stacked over blocks. Under `decay_all`, biases and the
+    like decay, too; what `no_decay` names does not.
     """
     if any(re.search(pattern, path) for pattern in no_decay):
         return False
-    return leaf.ndim > 1 and path.rsplit("/", 1)[-1] not in ("bias", "scale")
+    return decay_all or (leaf.ndim > 1 and not path.endswith(("bias", "/scale")))
 
 
-def decay_mask(no_decay: Sequence[str]) -> Callable[[Any], Any]:
+def decay_mask(no_decay: Sequence[str], *, decay_all: bool = False) -> Callable[[Any], Any]:
     """`is_decayed` as a function of a tree of parameters."""
-    return lambda params: map_with_path(lambda p, leaf: is_decayed(p, leaf, no_decay), params)
+
+    def decayed(path: str, leaf: Any) -> bool:
+        return is_decayed(path, leaf, no_decay, decay_all=decay_all)
+
+    return lambda params: map_with_path(decayed, params)
 
 
 class _NoState(NamedTuple):
@@ -101,9 +108,10 @@ def adamw(
     config: ml_collections.ConfigDict, schedule: Schedule, no_decay: Sequence[str] = ()
 ) -> optax.GradientTransformation:
     """AdamW with decoupled decay on the tensors that `is_decayed` names (PyTorch's update)."""
+    mask = decay_mask(no_decay, decay_all=config.decay_all)
     return optax.chain(
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask=decay_mask(no_decay)),
+        optax.add_decayed_weights(config.weight_decay, mask=mask),
         scale_by_step_schedule(schedule),
     )
 
@@ -117,8 +125,9 @@ def lars(
     `optax.lars` has the rate inside the momentum, which differs once the rate changes.
     """
     mask = decay_mask(no_decay)
+    decayed = decay_mask(no_decay, decay_all=config.decay_all)
     return optax.chain(
-        optax.add_decayed_weights(config.weight_decay, mask=mask),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
         optax.masked(optax.scale_by_trust_ratio(trust_coefficient=config.trust_coefficient), mask),
         optax.trace(decay=config.momentum),
         scale_by_step_schedule(schedule),

@@ -1,5 +1,6 @@
 """Learning rates, decay groups, AdamW and LARS."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -50,8 +51,35 @@ def test_decay_spares_biases_scales_and_vectors_however_they_are_split_or_stacke
     assert decayed("encoder/cls_token", 1, 1, 8)
     assert decayed("encoder/transformer/blocks/attention/qkv/kernel", 2, 8, 3, 2, 4)
     assert not decayed("encoder/transformer/blocks_0/attention/qkv/bias", 3, 2, 4)
+    assert not decayed("encoder/transformer/blocks_0/attention/query_bias", 2, 4)
     assert not decayed("encoder/transformer/blocks/norm1/scale", 2, 8)
     assert not decayed("anything", 8)
+
+
+def test_decay_of_all_spares_only_what_the_method_names():
+    def decayed(path, *shape):
+        return is_decayed(path, np.zeros(shape), (r"cls_token$",), decay_all=True)
+
+    assert decayed("encoder/transformer/blocks_0/attention/qkv/bias", 3, 2, 4)
+    assert decayed("encoder/norm/scale", 8)
+    assert decayed("kernel", 8, 8)
+    assert not decayed("encoder/cls_token", 1, 1, 8)
+
+
+@pytest.mark.parametrize("decay_all", [False, True])
+@pytest.mark.parametrize("name", ["adamw", "lars"])
+def test_the_config_chooses_whether_biases_shrink_without_a_gradient(name, decay_all):
+    config = configs.defaults().optimizer
+    config.update(dict(name=name, weight_decay=0.5, decay_all=decay_all, momentum=0.0))
+    config.trust_coefficient = 1.0
+    optimizer = build_optimizer(config, (), {"default": lambda step: 0.1})
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.full(2, 3.0)}
+    updates, _ = optimizer.update(
+        jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params, step=0
+    )
+    assert np.all(updates["kernel"] < 0)
+    # Decay alone: w <- w - rate * decay * w, and no trust ratio for a bias.
+    np.testing.assert_allclose(updates["bias"], -0.1 * 0.5 * 3.0 if decay_all else 0.0, rtol=1e-6)
 
 
 def test_lars_is_the_formula_also_when_the_rate_changes():
