@@ -14,6 +14,7 @@ import tempfile
 import numpy as np
 
 from mim_jax import config as configs
+from mim_jax.conversion.card import card_path
 from mim_jax.conversion.files import read_state_dict, write_state_dict
 from mim_jax.conversion.official import export_run
 from mim_jax.models.tower import TOWERS
@@ -45,6 +46,7 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as run:
         scores = trained(pathlib.Path(run))
         export_run(pathlib.Path(run), output, "timm")
+    card_path(output).unlink()  # the folder has a text of its own
     # Half precision halves the file, and changes no more than the fourth digit of a feature.
     state = {key: value.astype(np.float16) for key, value in read_state_dict(output).items()}
     write_state_dict(output, state)
