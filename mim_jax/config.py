@@ -96,6 +96,8 @@ def defaults() -> ml_collections.ConfigDict:
                 b2=0.95,
                 eps=1e-8,
                 weight_decay=0.05,
+                # Decay also biases, norm scales and other 1-D parameters.
+                decay_all=False,
                 # LARS only.
                 momentum=0.9,
                 trust_coefficient=1e-3,
