@@ -456,3 +456,22 @@ def restacked(
         ]
         return None if any(part is None for part in parts) else np.stack(parts)  # type: ignore[arg-type]
     return given.get(name)
+
+
+def layer_scale_behind(name: str) -> str:
+    """Path of the LayerScale that acts on what a parameter's layer gives; "" if there is none."""
+    for layer, scale in (("/attention/out/", "layer_scale1"), ("/mlp/fc2/", "layer_scale2")):
+        block, found, _ = name.partition(layer)
+        if found:
+            return f"{block}/{scale}/scale"
+    return ""
+
+
+def scaled_outputs(value: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Kernel or bias of a linear layer that has taken in the LayerScale behind it.
+
+    Args:
+        value: `[..., width]`, or `[depth, ..., width]` of stacked blocks.
+        scale: `[width]` or `[depth, width]`.
+    """
+    return value * scale.reshape(*scale.shape[:-1], *(1,) * (value.ndim - scale.ndim), -1)

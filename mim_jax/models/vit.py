@@ -15,7 +15,9 @@ from mim_jax.models.transformer import (
     RelativePositionBias,
     Transformer,
     layer_norm,
+    layer_scale_behind,
     restacked,
+    scaled_outputs,
 )
 from mim_jax.targets import patchify
 
@@ -96,6 +98,7 @@ class ViT(nn.Module):
         shared_position_bias: one `RelativePositionBias` for all blocks (BEiT).
         floor_grid: pixels at the right and bottom that fill no patch are left out; otherwise
             they are an error.
+        norm_epsilon: of the final norm; None for that of the blocks.
     """
 
     image_size: tuple[int, int]
@@ -112,6 +115,7 @@ class ViT(nn.Module):
     patch_bias: bool = True
     shared_position_bias: bool = False
     floor_grid: bool = False
+    norm_epsilon: float | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -218,7 +222,8 @@ class ViT(nn.Module):
             bias = RelativePositionBias(self.grid, blocks.heads, name="position_bias")()
         tokens, outputs = blocks(tokens, drop_path_noise, bias)
         if self.final_norm:
-            tokens = layer_norm("norm", dtype, blocks.epsilon)(tokens)
+            epsilon = blocks.epsilon if self.norm_epsilon is None else self.norm_epsilon
+            tokens = layer_norm("norm", dtype, epsilon)(tokens)
         return tokens, outputs
 
 
@@ -243,7 +248,8 @@ def adopted(
     """One parameter of an encoder from those of another, which may see images of another kind.
 
     The patch kernel is resized to the receiver's patches and channels, positions to its grid (a
-    fixed table may become the start of a learned one), and blocks are stacked or unstacked.
+    fixed table may become the start of a learned one), blocks are stacked or unstacked, and
+    LayerScale that the receiver lacks is folded into the layer in front of it.
 
     Args:
         name: path of the parameter, the same in both.
@@ -260,7 +266,13 @@ def adopted(
         return resize_positions(np.asarray(table), donor.grid, receiver.grid)
     if name.endswith("/patch_embed/kernel") and name in given:
         return resize_patch_kernel(given[name], receiver.patch_size, receiver.channels)
-    return restacked(name, given, donor.transformer, receiver.transformer)
+    blocks, ours = donor.transformer, receiver.transformer
+    value = restacked(name, given, blocks, ours)
+    scale_name = layer_scale_behind(name)
+    if blocks.layer_scale is None or ours.layer_scale is not None or not scale_name:
+        return value
+    scale = restacked(scale_name, given, blocks, ours)
+    return None if value is None or scale is None else scaled_outputs(value, scale)
 
 
 def resize_patch_kernel(
