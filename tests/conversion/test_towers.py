@@ -4,7 +4,6 @@ import functools
 import json
 import math
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -13,11 +12,12 @@ import numpy as np
 import pytest
 
 from mim_jax.conversion.files import read_state_dict, write_state_dict
-from mim_jax.conversion.towers import read_text_tower, read_tower, settings_of
+from mim_jax.conversion.towers import PACKAGED, read_text_tower, read_tower, settings_of
+from mim_jax.data.embedded import read_embedded
 from mim_jax.models.positions import sincos_positions
-from mim_jax.models.tower import TOWERS, see, tower_settings
+from mim_jax.models.tower import TOWERS, build_tower, see, tower_settings
 from mim_jax.tower_layout import text_layout, tower_layout
-from mim_jax.training.tree import unflatten
+from mim_jax.training.tree import flatten, unflatten
 from tests.conversion.libraries import need_timm, need_transformers
 
 SIZES = dict(
@@ -236,3 +236,279 @@ def test_folder_tells_all_settings(name, folders):
     assert settings["channels"] == fields.get("num_channels", 3)
     assert settings["registers"] == fields.get("num_register_tokens", 0)
     assert settings["outputs"] == (9 if name == "clip" else 0)
+
+
+@functools.cache
+def text_model():
+    torch, transformers = need_transformers()
+    config = transformers.CLIPTextConfig(**TEXT)
+    config._attn_implementation = "eager"
+    return randomized(torch, transformers.CLIPTextModelWithProjection(config))
+
+
+IDS = np.array([[0, 5, 29, 1, 30], [0, 7, 3, 12, 29]])
+"""Two texts; in the first the end, 29, is neither last nor the largest id."""
+
+
+def read_by(tower, params, ids=IDS):
+    with jax.default_matmul_precision("highest"):
+        return jax.jit(tower.apply)({"params": unflatten(params)}, jnp.asarray(ids))
+
+
+def test_every_layer_of_the_text_tower_computes_what_transformers_does(tmp_path):
+    model = text_model()
+    model.save_pretrained(tmp_path)
+    tower, params = read_text_tower(str(tmp_path))
+    ours = read_by(tower, params)
+    import torch
+
+    with torch.no_grad():
+        output = model(torch.from_numpy(IDS), output_hidden_states=True)
+    for number, (block, other) in enumerate(zip(ours.blocks, output.hidden_states[1:])):
+        close(block, other, f"block {number}")
+    close(ours.tokens, output.last_hidden_state)
+    close(ours.pooled, output.text_embeds)
+    state = text_layout(tower, "hf-clip", "tower").save({"tower": unflatten(params)})
+    given = read_state_dict(tmp_path / "model.safetensors")
+    assert set(state) == set(given)
+    for key, value in state.items():
+        np.testing.assert_array_equal(value, given[key], err_msg=key)
+
+
+@functools.cache
+def openai_clip():
+    """A CLIP as OpenAI's code builds it, as far as its text tower goes, with random weights."""
+    torch, _ = need_transformers()
+    nn = torch.nn
+    width, heads, length, vocabulary, outputs = 64, 1, 6, 20, 8
+
+    class QuickGELU(nn.Module):
+        def forward(self, x):
+            return x * torch.sigmoid(1.702 * x)
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = nn.MultiheadAttention(width, heads)
+            self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+            self.mlp = nn.Sequential()
+            self.mlp.add_module("c_fc", nn.Linear(width, 2 * width))
+            self.mlp.add_module("gelu", QuickGELU())
+            self.mlp.add_module("c_proj", nn.Linear(2 * width, width))
+
+        def forward(self, x):
+            mask = torch.full((len(x), len(x)), float("-inf")).triu_(1)
+            y = self.ln_1(x)
+            x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
+            return x + self.mlp(self.ln_2(x))
+
+    class Clip(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.transformer = nn.Module()
+            self.transformer.resblocks = nn.Sequential(Block(), Block())
+            self.token_embedding = nn.Embedding(vocabulary, width)
+            self.positional_embedding = nn.Parameter(torch.empty(length, width))
+            self.ln_final = nn.LayerNorm(width)
+            self.text_projection = nn.Parameter(torch.empty(width, outputs))
+            self.logit_scale = nn.Parameter(torch.empty(()))
+
+        def forward(self, ids):
+            x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
+            x = self.transformer.resblocks(x.permute(1, 0, 2)).permute(1, 0, 2)
+            x = self.ln_final(x)
+            return x[torch.arange(len(x)), ids.argmax(-1)] @ self.text_projection
+
+    return randomized(torch, Clip())
+
+
+def test_text_tower_in_openais_names_computes_what_their_code_does(tmp_path):
+    import torch
+
+    model = openai_clip()
+    torch.save(model.state_dict(), tmp_path / "clip.pt")
+    tower, params = read_text_tower(str(tmp_path / "clip.pt"))
+    ids = np.array([[3, 19, 0, 4], [1, 2, 7, 19]])
+    with torch.no_grad():
+        close(read_by(tower, params, ids).pooled, model(torch.from_numpy(ids)))
+    state = text_layout(tower, "openai", "tower").save({"tower": unflatten(params)})
+    for key, value in state.items():
+        np.testing.assert_array_equal(value, model.state_dict()[key].numpy(), err_msg=key)
+
+
+def test_whole_clip_gives_both_towers_whichever_names_it_has(tmp_path, folders):
+    vision, params = read_tower(str(folders("clip")))
+    text_model().save_pretrained(tmp_path / "text")
+    text, of_text = read_text_tower(str(tmp_path / "text"))
+    images = images_for(vision)
+    for naming in ("openai", "hf-clip"):
+        state = {
+            **tower_layout(vision, naming, "tower").save({"tower": unflatten(params)}),
+            **text_layout(text, naming, "tower").save({"tower": unflatten(of_text)}),
+            "logit_scale": np.float32(4.6),
+        }
+        path = tmp_path / f"{naming}.safetensors"
+        write_state_dict(path, state)
+        beside = json.loads((folders("clip") / "config.json").read_text())
+        ends = json.loads((tmp_path / "text" / "config.json").read_text())
+        content = {"model_type": "clip", "vision_config": beside, "text_config": ends}
+        path.with_suffix(".json").write_text(json.dumps(content))
+        again, both = read_tower(str(path))
+        assert again == vision
+        assert_equal(both, params)
+        assert_equal(read_text_tower(str(path))[1], of_text)
+        assert read_text_tower(str(path))[0] == text
+    assert seen_by(vision, params, images).pooled.shape == (2, 9)
+
+
+def assert_equal(ours, other):
+    assert set(ours) == set(other)
+    for name, value in other.items():
+        np.testing.assert_array_equal(ours[name], value, err_msg=name)
+
+
+TIMM = {
+    "supervised": dict(),
+    "registers": dict(reg_tokens=2, init_values=0.1),
+    "no-class-position": dict(reg_tokens=2, init_values=0.1, no_embed_class=True),
+    "clip": dict(pre_norm=True, act_layer="quick_gelu"),
+    "average": dict(global_pool="avg"),
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_files_of_timm_compute_what_timm_does(name, tmp_path):
+    torch, timm = need_timm()
+    sizes = dict(img_size=12, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=3)
+    arguments = {**sizes, **TIMM[name]}
+    model = randomized(torch, timm.models.VisionTransformer(**arguments))
+    path = tmp_path / "vit.safetensors"
+    write_state_dict(path, {k: v.numpy() for k, v in model.state_dict().items()})
+    about = {"architecture": "vit_base_patch16_224", "model_args": arguments}
+    path.with_suffix(".json").write_text(json.dumps(about))
+    tower, params = read_tower(str(path))
+    images = images_for(tower)
+    seen = seen_by(tower, params, images)
+    pixels = torch.from_numpy(np.array(images.transpose(0, 3, 1, 2), order="C"))
+    with torch.no_grad():
+        tokens = model.forward_features(pixels)
+        pooled = model.forward_head(tokens, pre_logits=True)
+    if name == "average":
+        close(seen.blocks[-1], tokens)
+        close(seen.pooled, pooled)
+    else:
+        close(seen.tokens, tokens)
+
+
+PLAIN = tower_settings(
+    "vit_b16", size="tiny", width=64, depth=2, heads=1, patch_size=4, image_size=12
+)
+
+
+@functools.cache
+def plain():
+    """A ViT in timm's names, which nothing beside it explains."""
+    import ml_collections
+
+    tower = build_tower(ml_collections.ConfigDict(PLAIN), "float32")
+    images = jnp.zeros((1, 12, 12, 3))
+    shapes = flatten(jax.eval_shape(tower.init, jax.random.key(0), images)["params"])
+    random = np.random.default_rng(0)
+    params = {k: random.normal(0, 0.1, v.shape).astype(np.float32) for k, v in shapes.items()}
+    return tower, params, tower_layout(tower, "timm", "tower").save({"tower": unflatten(params)})
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("prefix", ["", "module.encoder."])
+def test_file_alone_tells_the_sizes(suffix, prefix, tmp_path):
+    if suffix == ".pth":
+        pytest.importorskip("torch")
+    tower, params, state = plain()
+    path = tmp_path / f"vit{suffix}"
+    more = {"decoder.weight": np.ones(3, np.float32)} if prefix else {}
+    write_state_dict(path, {f"{prefix}{k}": v for k, v in state.items()} | more)
+    again, read = read_tower(str(path))
+    assert again == tower
+    assert_equal(read, params)
+    fields = ("width", "depth", "heads", "patch_size", "image_size", "mlp_ratio", "family")
+    settings = settings_of(str(path))
+    assert {name: settings[name] for name in fields} == {name: PLAIN[name] for name in fields}
+
+
+def test_family_of_the_config_decides_where_weights_leave_a_choice(tmp_path):
+    _, _, state = plain()
+    write_state_dict(tmp_path / "vit.safetensors", state)
+    path = str(tmp_path / "vit.safetensors")
+    assert settings_of(path)["family"] == "vit"
+    assert settings_of(path, {**PLAIN, "family": "dino"})["family"] == "dino"
+    assert settings_of(path, {**PLAIN, "family": "clip"})["family"] == "vit"
+
+
+def test_image_size_is_the_configs_unless_it_is_only_another_towers(tmp_path):
+    _, _, state = plain()
+    write_state_dict(tmp_path / "vit.safetensors", state)
+    path = str(tmp_path / "vit.safetensors")
+    published = tower_settings("clip_b16")
+    assert settings_of(path, published)["image_size"] == (12, 12)
+    chosen = {**published, "image_size": (20, 20)}
+    assert settings_of(path, chosen)["image_size"] == (20, 20)
+    assert settings_of(path, {**PLAIN, "image_size": (8, 8)})["image_size"] == (8, 8)
+
+
+def test_missing_unexpected_and_misshapen_weights_are_all_listed(tmp_path):
+    _, _, state = plain()
+    state = {k: v for k, v in state.items() if k not in ("norm.bias", "blocks.1.mlp.fc2.bias")}
+    state["blocks.0.attn.proj.weight"] = np.zeros((64, 3), np.float32)
+    state["blocks.0.extra"] = state["stranger"] = np.zeros(2, np.float32)
+    write_state_dict(tmp_path / "vit.safetensors", state)
+    with pytest.raises(ValueError) as error:
+        read_tower(str(tmp_path / "vit.safetensors"))
+    for line in (
+        "missing: norm.bias",
+        "missing: blocks.1.mlp.fc2.bias",
+        "unexpected: blocks.0.extra",
+        "unexpected: stranger",
+        "blocks.0.attn.proj.weight: shape (64, 3) in the file, (64, 64) in the model",
+    ):
+        assert line in str(error.value)
+
+
+def test_weights_of_no_known_kind_are_refused_by_name(tmp_path):
+    write_state_dict(tmp_path / "a.safetensors", {"fc.weight": np.ones((2, 2), np.float32)})
+    with pytest.raises(ValueError, match=r"no image tower of a known kind.*fc\.weight"):
+        read_tower(str(tmp_path / "a.safetensors"))
+    with pytest.raises(ValueError, match="no text tower"):
+        read_text_tower(str(tmp_path / "a.safetensors"))
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint file"):
+        read_tower(str(tmp_path / "absent.safetensors"))
+
+
+def test_heads_that_nothing_tells_must_be_set(tmp_path):
+    _, _, state = plain()
+    narrow = {key: _first(value, 64, 40) for key, value in state.items()}
+    write_state_dict(tmp_path / "vit.safetensors", narrow)
+    with pytest.raises(ValueError, match=r"attention heads.*model\.teacher\.heads"):
+        settings_of(str(tmp_path / "vit.safetensors"))
+    given = {"width": 40, "heads": 5}
+    assert settings_of(str(tmp_path / "vit.safetensors"), given)["heads"] == 5
+
+
+def _first(value, old, new):
+    """A part of an array, in which every axis is shortened from a multiple of `old` to `new`."""
+    return value[
+        tuple(slice(size // old * new if size % old == 0 else size) for size in value.shape)
+    ]
+
+
+def test_tiny_tower_of_the_package_is_what_its_settings_say():
+    tower, params = read_tower("tiny")
+    settings = TOWERS["tiny"]
+    assert tower.encoder.width == settings["width"]
+    assert (tower.mean, tower.std) == (settings["mean"], settings["std"])
+    assert PACKAGED["tiny"].stat().st_size < 500_000
+    images, labels = read_embedded("test")
+    images = tower.inputs(jnp.asarray(images[:200] / 255), (0.0,), (1.0,))
+    pooled = np.asarray(seen_by(tower, params, images).pooled)
+    state = read_state_dict(PACKAGED["tiny"])
+    logits = pooled @ state["head.weight"].astype(np.float32).T + state["head.bias"]
+    assert (logits.argmax(1) == labels[:200]).mean() > 0.8
