@@ -11,10 +11,13 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".pth.tar")
 
 WRAPPERS = ("model", "state_dict")
 """Keys under which training code stores the state dict beside its optimizer."""
+
+PREFIXES = ("_orig_mod.", "module.")
+"""What `torch.compile` and `DistributedDataParallel` put before all keys, in this order."""
 
 METADATA = {"format": "pt"}
 """Says that arrays are laid out as PyTorch does; transformers 4 reads no file without it."""
@@ -24,8 +27,8 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     """Arrays by official key.
 
     Args:
-        path: a `.safetensors`, `.pth`, `.pt` or `.bin` file. A `.pth` that holds a whole training
-            state is read for its `model`.
+        path: a `.safetensors`, `.pth`, `.pt`, `.bin` or `.pth.tar` file. A `.pth` that holds a
+            whole training state is read for its `model`. Prefixes of `PREFIXES` are left out.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -36,11 +39,11 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
         raise FileNotFoundError(f"there is no checkpoint file {path}.")
     if path.suffix == ".safetensors":
         try:
-            return load_file(path)
+            return _without_prefixes(load_file(path))
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable safetensors file: {error}.") from error
-    if path.suffix in TORCH_SUFFIXES:
-        return _read_torch(path)
+    if path.name.endswith(TORCH_SUFFIXES):
+        return _without_prefixes(_read_torch(path))
     raise ValueError(
         f"{path}: unknown kind {path.suffix!r}; known are .safetensors, "
         f"{', '.join(TORCH_SUFFIXES)}."
@@ -54,7 +57,7 @@ def write_state_dict(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
         ValueError: for an unknown file kind.
     """
     path = Path(path)
-    if path.suffix != ".safetensors" and path.suffix not in TORCH_SUFFIXES:
+    if not path.name.endswith((".safetensors", *TORCH_SUFFIXES)):
         raise ValueError(f"{path}: unknown kind {path.suffix!r}; write .safetensors or .pth.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -68,6 +71,14 @@ def write_state_dict(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
         tensors = {key: torch.from_numpy(np.array(value)) for key, value in state.items()}
         torch.save({"model": tensors}, temporary)
     os.replace(temporary, path)
+
+
+def _without_prefixes(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same arrays, their keys without those prefixes that all of them have."""
+    for prefix in PREFIXES:
+        if state and all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
 
 
 def _torch(path: Path) -> Any:

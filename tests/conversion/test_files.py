@@ -47,6 +47,19 @@ def test_a_safetensors_file_in_bfloat16_is_read(tmp_path):
     np.testing.assert_array_equal(ours.astype(np.float32), STATE["bias"])
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_compiled_and_distributed_models_are_left_out(tmp_path, prefix):
+    wrapped = {prefix + key: value for key, value in STATE.items()}
+    write_state_dict(tmp_path / "x.safetensors", wrapped)
+    assert_equal(read_state_dict(tmp_path / "x.safetensors"))
+
+
+def test_a_prefix_that_only_some_keys_have_is_part_of_their_names(tmp_path):
+    state = {"module.weight": STATE["weight"], "bias": STATE["bias"]}
+    write_state_dict(tmp_path / "x.safetensors", state)
+    assert_equal(read_state_dict(tmp_path / "x.safetensors"), state)
+
+
 def test_safetensors_need_no_pytorch(tmp_path):
     code = (
         "import sys, numpy as np\n"
@@ -107,7 +120,7 @@ class TestWithPyTorch:
         self.torch.save(content, path)
         return path
 
-    @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
+    @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".pth.tar"])
     def test_round_trip_is_exact(self, tmp_path, suffix):
         write_state_dict(tmp_path / f"x{suffix}", STATE)
         assert_equal(read_state_dict(tmp_path / f"x{suffix}"))
