@@ -69,7 +69,8 @@ def get_config(variant: str = "clip_b16") -> ml_collections.ConfigDict:
                 # "uniform" (a share of kept patches that is uniform in [0, 1]), "bernoulli" or
                 # "blockwise".
                 mask_sampler="uniform",
-                # Share of kept patches: of "bernoulli"; the least one of "blockwise" (published 0.4).
+                # Share of kept patches under "bernoulli", and the least one under "blockwise"
+                # (published: 0.4).
                 kept_share=0.5,
                 # Use also the complement of every mask, and every image whole.
                 complement=True,
