@@ -104,7 +104,7 @@ def open_fields(config: ml_collections.ConfigDict) -> list[str]:
     found = [f for f, value in OPEN.items() if f in values and values[f] == value]
     if not values["init_from"] and "model.position_grid" in found:
         found.remove("model.position_grid")  # the model's own grid, as `()` says
-    if not values.get("model.size", "?") and all(values[f] == 0 for f in SIZE_FIELDS):
+    if not values.get("model.size", "?") and all(values.get(f) == 0 for f in SIZE_FIELDS):
         found += SIZE_FIELDS
     for tower in _towers(config):
         found += [f"{tower}.{field}" for field in TOLD if f"{tower}.{field}" in values]
@@ -179,6 +179,9 @@ class _Derivation:
             self._weights()  # they alone tell it, so no data are looked at
             return
         facts = self._facts()
+        if "patch_size" not in self.config.model:  # a hybrid encoder, whose sizes are given
+            self._labels(facts)
+            return
         self._images(facts)
         self._labels(facts)
         self._model()

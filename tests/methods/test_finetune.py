@@ -10,6 +10,7 @@ from configs.finetune import VARIANTS
 from mim_jax import config as configs
 from mim_jax.conversion.files import write_state_dict
 from mim_jax.conversion.initial import initialize_from
+from mim_jax.method import method_class, parameter_shapes
 from mim_jax.methods.finetune import FineTune
 from mim_jax.models.conv_vit import ConvViT
 from mim_jax.training.experiment import Experiment
@@ -362,6 +363,44 @@ def test_cae_s_pre_trained_norm_becomes_that_of_the_mean_and_tables_start_at_zer
         np.testing.assert_array_equal(adopted, given[f"encoder/norm/{part}"])
     # In MAE's code the norm of the mean is new.
     assert build().adopt("fc_norm/scale", flatten(variables("cls")["params"]), build()) is None
+
+
+@pytest.mark.parametrize(
+    ("pretraining", "changes"),
+    [
+        ("mae:tiny", {}),
+        ("maskalign:tiny", {}),
+        ("mr_mae:tiny", {}),
+        ("dmjd:tiny", {}),
+        ("cae:tiny", {"model.family": "cae", "model.position_bias": True}),
+        (
+            "locality_alignment:tiny",
+            {"model.family": "vit", "model.logit_cap": 30.0, "model.width": 64},
+        ),
+        ("mr_mae:mcmae_b16", {}),
+        ("dmjd:convvit_b16", {}),
+    ],
+)
+def test_the_encoder_of_every_pre_training_method_can_be_fine_tuned(pretraining, changes):
+    hybrid = pretraining.endswith("_b16")
+    recipe = "finetune:tiny"
+    if hybrid:
+        recipe = "finetune:dmjd_b16" if pretraining.startswith("dmjd") else "finetune:convmae_b16"
+    fields = {"compute_dtype": "float32"}
+    config = configs.load(pretraining, fields)
+    donor = method_class(config.method).build(config)
+    given = {
+        path: np.broadcast_to(np.float32(0), leaf.shape)
+        for path, leaf in flatten(parameter_shapes(donor)).items()
+    }
+    classes = {"model.num_classes": CLASSES}
+    method = FineTune.build(configs.load(recipe, {**fields, **classes, **changes}))
+    for path, leaf in flatten(parameter_shapes(method)).items():
+        value = method.adopt(path, given, donor)
+        if path.startswith("encoder/"):
+            assert value is not None and value.shape == leaf.shape, path
+        else:
+            assert value is None or value.shape == leaf.shape, path
 
 
 def test_layer_scale_may_be_new_to_pre_trained_blocks():

@@ -161,6 +161,16 @@ def test_fine_tuning_uses_the_test_split_of_the_data_where_there_is_one(tmp_path
     assert (config.data.split, config.evaluate.test_split) == ("train", "test")
 
 
+def test_a_classifier_on_convolutional_stages_takes_its_classes_from_the_data_too(tmp_path):
+    source = folder_of(tmp_path / "data", count=40, size=(32, 32))
+    fields = {"data.source": str(source), "model.size": "", "model.widths": (4, 6, 8)}
+    given = configs.load("finetune:convmae_b16", fields)
+    config, settings = derive(given, tmp_path, DEVICE)
+    assert (config.model.num_classes, config.model.labels) == (2, "single")
+    assert {s.field for s in settings} >= {"model.num_classes", "evaluate.test_split"}
+    assert config.data.image_size == (224, 224)
+
+
 def test_a_config_that_leaves_nothing_open_reads_no_data(tmp_path):
     config = configs.load("mae:tiny", {"data.source": "folder:/nowhere"})
     assert derive(config, tmp_path, DEVICE)[1] == []
