@@ -44,6 +44,8 @@ class Source(Protocol):
         labels: of all examples as an array, where they are known without reading an example.
         record: a method that gives an example with its image still encoded, see
             `mim_jax.data.records.record_of`.
+        patch_labels: a method that gives the class of every patch of a grid, int `[examples,
+            patches]`, see `mim_jax.evaluation.labelled_data.patch_labels`.
     """
 
     name: str

@@ -43,7 +43,7 @@ def initial_variables(case: Case) -> dict:
 
 def optimizer_of(cfg: dict) -> optax.GradientTransformation:
     names = ("weight_decay", "momentum", "trust_coefficient")
-    settings = ml_collections.ConfigDict({name: cfg[name] for name in names})
+    settings = ml_collections.ConfigDict({"decay_all": False, **{n: cfg[n] for n in names}})
     return lars(settings, lambda step: jnp.float32(cfg["lr"]))
 
 
