@@ -1,5 +1,6 @@
 """Writes the weights of a model for others: official checkpoint, transformers, timm."""
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def export_variables(
     variables = jax.device_get(variables)
     model = Model(method, config, flatten(variables["params"]))
     kind = find_format(format, model)
-    held = kind.held(model) if kind is not OFFICIAL else set(model.params)
+    held = kind.held(model) if kind is not OFFICIAL else _officially_held(model)
     own = unflatten({path: model.params[path] for path in held})
     table = kind.table(model)
     state = table.save(own)
@@ -135,6 +136,17 @@ def find_format(name: str, model: Model) -> Format:
         hint = f" Formats that can: {', '.join(others)}." if others else ""
         raise ValueError(f"format {name!r} cannot hold this model: {reason}{hint}")
     return FORMATS[name]
+
+
+def _officially_held(model: Model) -> set[str]:
+    """All parameters, but for frozen networks that the paper's own checkpoint does not hold."""
+    known = {rule.path for rule in _official_table(model).rules}
+    frozen = model.method.frozen
+    return {
+        path
+        for path in model.params
+        if path in known or not any(re.search(pattern, path) for pattern in frozen)
+    }
 
 
 def _left_out(model: Model, held: set[str]) -> list[str]:

@@ -8,7 +8,8 @@ import pytest
 
 from mim_jax import config as configs
 from mim_jax.conversion.dvae import dvae_layout
-from mim_jax.conversion.files import write_state_dict
+from mim_jax.conversion.export import export_variables
+from mim_jax.conversion.files import read_state_dict, write_state_dict
 from mim_jax.conversion.pretrained import load_pretrained
 from mim_jax.method import method_class, parameter_shapes
 from mim_jax.methods.cae import CAE
@@ -466,6 +467,15 @@ def test_the_copy_of_the_encoder_is_written_and_may_be_missing():
     other |= {key: value for key, value in state.items() if "pos_embed" in key}
     again = flatten(method.layout().load(other, params))
     np.testing.assert_array_equal(again["encoder/cls_token"], params["encoder"]["cls_token"])
+
+
+def test_an_export_holds_what_the_official_file_does_and_no_tokenizer(tmp_path):
+    config = configs.load("cae:tiny", SIZES)
+    path = tmp_path / "cae.safetensors"
+    notes = export_variables(tiny(), config, variables(), path, run_library=False)
+    assert "left out: tokenizer" in notes
+    state = tiny().layout().save(own(tiny(), variables()["params"]))
+    assert set(read_state_dict(path)) == set(state)
 
 
 def test_a_checkpoint_of_something_else_is_refused():
