@@ -431,9 +431,7 @@ class MaskAlign(Method):
             "attention": (attention - jnp.asarray(self.mean)) / jnp.asarray(self.std),
             "visible": targets.unpatchify(patches * visible[..., None], images.shape[1:3], size),
         }
-        caption = (
-            "Attention of the teacher's class token; the brightest patch of an image is white."
-        )
+        caption = "Attention of the teacher's class token; an image's brightest patch is white."
         return {"attention": Picture(columns, caption)}
 
     def layout(self) -> layout.Layout:
