@@ -269,7 +269,7 @@ class LocalityAlignment(Method):
         encoder = original.clone(transformer=capped)
         if not model.freeze_student:
             encoder = encoder.clone(norm_epsilon=model.norm_epsilon)
-        return cls(
+        method = cls(
             _student(encoder, model),
             teacher,
             model.teacher.path,
@@ -283,6 +283,9 @@ class LocalityAlignment(Method):
             model.calibration_batches,
             Mixing(mixup=model.mixup, cutmix=model.cutmix),
         )
+        # Raises if the grid is too small for blocks.
+        jax.eval_shape(lambda: method.masks(jax.random.key(0), 1))
+        return method
 
     @property
     def encoder(self) -> ViT:
