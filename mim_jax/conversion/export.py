@@ -12,7 +12,7 @@ import numpy as np
 from mim_jax.conversion import check
 from mim_jax.conversion.card import card_path, model_card
 from mim_jax.conversion.files import write_state_dict
-from mim_jax.conversion.formats import Format, Model, State
+from mim_jax.conversion.formats import Format, Model, State, split_biases
 from mim_jax.conversion.huggingface import CLASSIFIER_FOLDER, MAE_FOLDER, VIT_FOLDER
 from mim_jax.conversion.timm_models import TIMM_FILE
 from mim_jax.conversion.weights import read_weights
@@ -97,7 +97,7 @@ def export_variables(
     table = kind.table(model)
     state = table.save(own)
     kind.write(output, state, model)
-    again = flatten(table.load(read_weights(output).state, own))
+    again = flatten(table.load(split_biases(read_weights(output).state, table), own))
     for path in sorted(held):
         if not np.array_equal(again[path], model.params[path]):
             raise ValueError(f"{output} does not give {path} back exactly; do not use it.")

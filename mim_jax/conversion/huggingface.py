@@ -21,14 +21,15 @@ from mim_jax.conversion.formats import (
     Format,
     Model,
     State,
+    beyond_plain,
     encoder_table,
+    full_biases,
     no_encoder,
     preprocessing,
     vit_table,
 )
 from mim_jax.layout import Layout
 from mim_jax.methods.mae import MAE
-from mim_jax.models.transformer import LAYER_NORM_EPSILON
 from mim_jax.training.checkpoints import FOLDER
 
 NAMES = {
@@ -189,7 +190,7 @@ def _write(
     contents = {"config.json": config(model), "preprocessor_config.json": _preprocessor(model)}
     for name, content in contents.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-    write_state_dict(folder / WEIGHTS, to_huggingface(state, prefix))
+    write_state_dict(folder / WEIGHTS, to_huggingface(full_biases(state), prefix))
 
 
 def _preprocessor(model: Model) -> dict[str, Any]:
@@ -221,10 +222,10 @@ def _vit_config(model: Model, architecture: str) -> dict[str, Any]:
         "hidden_size": encoder.width,
         "num_hidden_layers": blocks.depth,
         "num_attention_heads": blocks.heads,
-        "intermediate_size": int(encoder.width * blocks.mlp_ratio),
+        "intermediate_size": round(encoder.width * blocks.mlp_ratio),
         "hidden_act": "gelu",  # the exact one, by erf
-        "layer_norm_eps": LAYER_NORM_EPSILON,
-        "qkv_bias": True,
+        "layer_norm_eps": blocks.epsilon,
+        "qkv_bias": blocks.qkv_bias != "none",
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "initializer_range": 0.02,
@@ -272,7 +273,7 @@ def _mae_refusal(model: Model) -> str:
     }.items():
         if height != width:
             return f"ViTMAEForPreTraining takes square {name} only, not {height} x {width}."
-    return ""
+    return beyond_plain(model, "ViTMAEForPreTraining", ("epsilon",))
 
 
 def _vit_refusal(model: Model) -> str:
@@ -281,7 +282,7 @@ def _vit_refusal(model: Model) -> str:
             "transformers' ViT ends in a LayerNorm over all tokens, which this encoder does not "
             "have; its classifier averages the patch tokens first."
         )
-    return no_encoder(model)
+    return no_encoder(model) or beyond_plain(model, "transformers' ViT", ("epsilon",))
 
 
 def _classifier_refusal(model: Model) -> str:

@@ -10,14 +10,24 @@ import numpy as np
 
 from mim_jax.conversion.check import import_library
 from mim_jax.conversion.files import write_state_dict
-from mim_jax.conversion.formats import Format, Model, State, no_encoder, preprocessing, vit_table
+from mim_jax.conversion.formats import (
+    Format,
+    Model,
+    State,
+    beyond_plain,
+    full_biases,
+    no_encoder,
+    preprocessing,
+    vit_table,
+)
 
 ARCHITECTURE = "vit_base_patch16_224"
 """An entry point of timm for `VisionTransformer`; the arguments replace everything of its name."""
 
 KEYS = re.compile(
-    r"cls_token|pos_embed|(patch_embed\.proj|fc_norm|norm|head"
+    r"cls_token|reg_token|pos_embed|(patch_embed\.proj|fc_norm|norm_pre|norm|head"
     r"|blocks\.\d+\.(norm1|attn\.qkv|attn\.proj|norm2|mlp\.fc1|mlp\.fc2))\.(weight|bias)"
+    r"|blocks\.\d+\.ls[12]\.gamma"
 )
 """All keys of the models that have our blocks."""
 
@@ -25,7 +35,7 @@ KEYS = re.compile(
 def is_timm(keys: Iterable[str]) -> bool:
     """Whether keys are those of a `VisionTransformer`, and nothing else."""
     keys = set(keys)
-    return "cls_token" in keys and all(KEYS.fullmatch(key) for key in keys)
+    return "pos_embed" in keys and all(KEYS.fullmatch(key) for key in keys)
 
 
 def read_arguments(path: Path) -> dict[str, Any]:
@@ -41,6 +51,17 @@ def constructor_arguments(model: Model) -> dict[str, Any]:
     encoder = model.encoder
     blocks = encoder.transformer
     pool = "avg" if model.averages_patches else "token" if encoder.final_norm else ""
+    if pool == "token" and not encoder.class_token:
+        pool = "avg"
+    further: dict[str, Any] = {}  # what a plain ViT does not have
+    if blocks.layer_scale is not None:
+        further["init_values"] = blocks.layer_scale
+    if encoder.registers:
+        further["reg_tokens"] = encoder.registers
+    if encoder.pre_norm:
+        further["pre_norm"] = True
+    if blocks.activation != "gelu":
+        further["act_layer"] = blocks.activation
     return {
         "img_size": list(encoder.image_size),
         "patch_size": list(encoder.patch_size),
@@ -51,12 +72,13 @@ def constructor_arguments(model: Model) -> dict[str, Any]:
         "depth": blocks.depth,
         "num_heads": blocks.heads,
         "mlp_ratio": blocks.mlp_ratio,
-        "qkv_bias": True,
-        "class_token": True,
+        "qkv_bias": blocks.qkv_bias != "none",
+        "class_token": encoder.class_token,
         "no_embed_class": False,
         "fc_norm": model.averages_patches,
         # timm takes it for the norm of either place.
         "final_norm": encoder.final_norm or model.averages_patches,
+        **further,
     }
 
 
@@ -82,7 +104,7 @@ def _write(path: Path, state: State, model: Model) -> None:
             "classifier": "head",
         },
     }
-    write_state_dict(path, state)
+    write_state_dict(path, full_biases(state))
     path.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -108,4 +130,12 @@ def _usage(path: Path) -> str:
     )
 
 
-TIMM_FILE = Format("timm", "timm", no_encoder, vit_table, _write, _usage, _forward)
+KNOWN = ("layer_scale", "registers", "pre_norm", "class_token", "activation")
+"""What timm's `VisionTransformer` can do beside a plain ViT, see `beyond_plain`."""
+
+
+def _refusal(model: Model) -> str:
+    return no_encoder(model) or beyond_plain(model, "timm's ViT", KNOWN)
+
+
+TIMM_FILE = Format("timm", "timm", _refusal, vit_table, _write, _usage, _forward)
