@@ -54,10 +54,12 @@ def test_every_variant_of_every_config_builds_its_method(name, tmp_path):
     config = configs.resolve(config, "cpu")
     method = method_class(config.method).build(config)
     shape = (2, *config.data.image_size, config.data.channels)
+    kinds = {"float": jnp.float32, "int": jnp.int32}
     batch = {
-        "image": jax.ShapeDtypeStruct(shape, jnp.float32),
-        "label": jax.ShapeDtypeStruct((2,), jnp.int32),
+        entry: jax.ShapeDtypeStruct((2, *wanted.shape), kinds[wanted.dtype])
+        for entry, wanted in method.inputs.items()
     }
+    batch["image"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     method.check(batch)
     variables = jax.eval_shape(lambda: method.init(jax.random.key(0), batch))
     assert jax.tree.leaves(variables["params"])

@@ -104,6 +104,9 @@ def open_fields(config: ml_collections.ConfigDict) -> list[str]:
     found = [f for f, value in OPEN.items() if f in values and values[f] == value]
     if not values["init_from"] and "model.position_grid" in found:
         found.remove("model.position_grid")  # the model's own grid, as `()` says
+    if values.get("model.decoder_width") and values.get("model.decoder_heads"):
+        # Someone has described the decoder, and it has no blocks (CAE v2).
+        found = [field for field in found if field != "model.decoder_depth"]
     if not values.get("model.size", "?") and all(values.get(f) == 0 for f in SIZE_FIELDS):
         found += SIZE_FIELDS
     for tower in _towers(config):

@@ -176,6 +176,12 @@ def test_a_config_that_leaves_nothing_open_reads_no_data(tmp_path):
     assert derive(config, tmp_path, DEVICE)[1] == []
 
 
+def test_a_decoder_without_blocks_may_be_meant():
+    config = configs.load("cae:v2_b16")
+    assert "model.decoder_depth" not in open_fields(config)
+    assert "model.decoder_depth" in open_fields(configs.load("mae:adapt"))
+
+
 def test_weights_alone_tell_how_positions_are_spread(tmp_path):
     given = tmp_path / "x.safetensors"
     changes = {"data.image_size": (16, 16)}
