@@ -8,12 +8,16 @@ import scipy.special
 
 from mim_jax.layout import Layout, transformer_rules
 from mim_jax.models.transformer import (
+    ATTENTION,
     REMAT_POLICIES,
     Attention,
     Mlp,
     Transformer,
+    attention_weights,
+    class_attention,
     drop_path_scales,
     layer_norm,
+    relative_position_index,
     restacked,
 )
 from mim_jax.training.flops import count_flops
@@ -278,3 +282,130 @@ def test_blocks_that_the_donor_lacks_are_none():
     donor, receiver = Transformer(DEPTH, HEADS, scan=True), Transformer(9, HEADS)
     assert restacked("transformer/blocks_5/norm1/scale", given, donor, receiver) is None
     assert restacked("transformer/blocks/norm1/scale", {}, receiver, donor) is None
+
+
+def own_attention(**fields):
+    """An attention of `fields` with random parameters, those of `params` where it has them."""
+    module = Attention(HEADS, **fields)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), TOKENS)["params"]
+    drawn = {k: draw(*leaf.shape, seed=7) for k, leaf in flatten(shapes).items()}
+    given = flatten(params()["blocks_0"]["attention"])
+    return module, unflatten({k: given.get(k, v) for k, v in drawn.items()})
+
+
+def test_capped_logits_are_bounded_smoothly():
+    query, key = 9 * draw(2, 5, HEADS, 4), 9 * draw(2, 5, HEADS, 4, seed=1)
+    logits = np.einsum("bthd,bshd->bhts", query, key).astype(np.float64) / 2
+    assert np.abs(logits).max() > 50
+    ours = attention_weights(query, key, logit_cap=3.0)
+    expected = scipy.special.softmax(3 * np.tanh(logits / 3), axis=-1)
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6)
+    assert (ours.max(-1) / ours.min(-1)).max() <= np.exp(6) * 1.001
+
+
+def test_cap_far_above_the_logits_changes_nothing():
+    p = params()["blocks_0"]["attention"]
+    capped = Attention(HEADS, logit_cap=1e5).apply({"params": p}, TOKENS)
+    np.testing.assert_allclose(capped, softmax_attention(p, TOKENS), rtol=1e-4, atol=1e-5)
+
+
+def test_biases_of_query_and_value_are_a_full_bias_whose_key_part_is_zero():
+    module, p = own_attention(qkv_bias="query_value")
+    bias = np.stack([p["query_bias"], np.zeros_like(p["query_bias"]), p["value_bias"]])
+    full = {"qkv": {"kernel": p["qkv"]["kernel"], "bias": bias}, "out": p["out"]}
+    ours = module.apply({"params": p}, TOKENS)
+    np.testing.assert_allclose(ours, softmax_attention(full, TOKENS), rtol=1e-4, atol=1e-5)
+
+
+def test_an_unknown_bias_or_activation_is_an_error_that_lists_the_known():
+    with pytest.raises(ValueError, match="qkv_bias is 'key'; known are full, query_value, none"):
+        own_attention(qkv_bias="key")
+    with pytest.raises(ValueError, match="activation is 'relu'; known are gelu, gelu_tanh, quick"):
+        jax.eval_shape(Mlp(4.0, activation="relu").init, jax.random.key(0), TOKENS)
+
+
+@pytest.mark.parametrize("cap", [None, 50.0])
+def test_causal_blocks_hide_later_tokens(cap):
+    module = Transformer(DEPTH, HEADS, causal=True, logit_cap=cap)
+    apply = jax.jit(module.apply)
+    other = TOKENS.copy()
+    other[:, 3:] += 5
+    ours, changed = (np.asarray(apply({"params": params()}, x)[0]) for x in (TOKENS, other))
+    np.testing.assert_allclose(changed[:, :3], ours[:, :3], rtol=1e-5, atol=1e-5)
+    assert not np.allclose(changed[:, 3:], ours[:, 3:])
+
+
+def test_quick_gelu_is_that_of_openais_clip():
+    p = params()["blocks_0"]["mlp"]
+    hidden = TOKENS.astype(np.float64) @ p["fc1"]["kernel"] + p["fc1"]["bias"]
+    hidden = hidden / (1 + np.exp(-1.702 * hidden))
+    expected = hidden @ p["fc2"]["kernel"] + p["fc2"]["bias"]
+    ours = Mlp(4.0, activation="quick_gelu").apply({"params": p}, TOKENS)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=2e-5)
+
+
+def test_layer_scale_starts_at_its_value_and_scales_both_branches():
+    module = Transformer(1, HEADS, layer_scale=0.25)
+    p = init(module, TOKENS)["blocks_0"]
+    for i in (1, 2):
+        np.testing.assert_array_equal(p[f"layer_scale{i}"]["scale"], np.full(WIDTH, 0.25))
+    p = {**params()["blocks_0"], **{k: p[k] for k in ("layer_scale1", "layer_scale2")}}
+    p["layer_scale2"] = {"scale": draw(WIDTH, seed=3)}
+    x = TOKENS.astype(np.float64)
+    x = x + 0.25 * softmax_attention(p["attention"], normalized(p["norm1"], x))
+    x = x + p["layer_scale2"]["scale"] * exact_gelu_mlp(p["mlp"], normalized(p["norm2"], x))
+    ours, _ = module.apply({"params": {"blocks_0": p}}, TOKENS)
+    np.testing.assert_allclose(ours, x, rtol=1e-4, atol=1e-4)
+
+
+def test_index_of_relative_positions_depends_on_the_offset_alone():
+    rows, columns = 2, 3
+    index = relative_position_index((rows, columns))
+    assert index.shape == (7, 7)
+    by_offset = {}
+    places = [(r, c) for r in range(rows) for c in range(columns)]
+    for i, (r, c) in enumerate(places, 1):
+        for j, (other_r, other_c) in enumerate(places, 1):
+            by_offset.setdefault((r - other_r, c - other_c), set()).add(int(index[i, j]))
+    assert all(len(found) == 1 for found in by_offset.values())
+    numbers = sorted(next(iter(found)) for found in by_offset.values())
+    assert numbers == list(range(3 * 5))  # every offset has a row of its own
+    assert set(index[0, 1:]) == {15} and set(index[1:, 0]) == {16} and index[0, 0] == 17
+
+
+def test_table_of_relative_positions_is_added_to_the_logits():
+    x = draw(2, 7, WIDTH)
+    module = Attention(HEADS, position_bias=(2, 3))
+    p = {**params()["blocks_0"]["attention"], "position_bias": {"table": draw(18, HEADS)}}
+    bias = p["position_bias"]["table"][relative_position_index((2, 3))].transpose(2, 0, 1)
+    p64 = {k: v.astype(np.float64) for k, v in flatten(p).items()}
+    qkv = np.einsum("btw,wihd->ibhtd", x, p64["qkv/kernel"])
+    qkv += p64["qkv/bias"][:, None, :, None]
+    weights = scipy.special.softmax(qkv[0] @ qkv[1].swapaxes(-1, -2) / 2 + bias, axis=-1)
+    expected = np.einsum("bhtd,hdw->btw", weights @ qkv[2], p64["out/kernel"]) + p64["out/bias"]
+    ours = module.apply({"params": p}, x)
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+    plain = {k: v for k, v in p.items() if k != "position_bias"}
+    given = Attention(HEADS).apply({"params": plain}, x, jnp.asarray(bias)[None])
+    np.testing.assert_allclose(given, ours, rtol=1e-5, atol=1e-6)
+
+
+def test_heads_may_have_a_width_of_their_own():
+    shapes = jax.eval_shape(Attention(3, head_width=5).init, jax.random.key(0), TOKENS)["params"]
+    assert shapes["qkv"]["kernel"].shape == (WIDTH, 3, 3, 5)
+    assert shapes["out"]["kernel"].shape == (3, 5, WIDTH)
+
+
+def test_attention_is_shown_on_request_whether_or_not_blocks_are_stacked():
+    found = []
+    for scan, p in ((False, params()), (True, stacked_params())):
+        module = Transformer(DEPTH, HEADS, scan=scan)
+        seen, collected = module.apply({"params": p}, TOKENS, mutable=[ATTENTION])
+        plain = module.apply({"params": p}, TOKENS)
+        np.testing.assert_array_equal(seen[0], plain[0])
+        found.append(np.asarray(class_attention(collected[ATTENTION], module, 2)))
+    weights = collected[ATTENTION]["blocks"]["attention"]["weights"]
+    assert weights.shape == (DEPTH, 2, HEADS, 5, 5)
+    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(found[1], weights[-1].mean(1)[:, 0, 2:], rtol=1e-6)
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-6)

@@ -18,7 +18,7 @@ from mim_jax.models.vit import (
     vit_size,
 )
 from mim_jax.targets import patchify
-from mim_jax.training.tree import flatten
+from mim_jax.training.tree import flatten, unflatten
 from tests.models.test_transformer import assert_uniform
 
 ENCODER = ViT((8, 12), (4, 2), channels=2, width=8, transformer=Transformer(2, 2))
@@ -238,3 +238,98 @@ def test_predicted_pixels_are_resized_as_pictures():
     np.testing.assert_allclose(constant, np.ones((3, 7 * 2 * 5)), atol=1e-6)
     same = resize_patch_outputs(values, ((4, 4), 3), ((4, 4), 3))
     np.testing.assert_array_equal(same, values)
+
+
+def draw_params(encoder: ViT) -> dict:
+    """Random parameters, those of the plain encoder where both have them."""
+    shapes = jax.eval_shape(encoder.init, jax.random.key(0), IMAGES)["params"]
+    given = flatten(variables()["params"])
+    return unflatten(
+        {
+            path: given[path]
+            if path in given and given[path].shape == leaf.shape
+            else draw(*leaf.shape, seed=4)
+            for path, leaf in flatten(shapes).items()
+        }
+    )
+
+
+def before_blocks(encoder: ViT, params: dict, images: np.ndarray = IMAGES) -> np.ndarray:
+    """Tokens that the first block gets."""
+    bare = encoder.clone(transformer=Transformer(0, 2), final_norm=False)
+    params = {k: v for k, v in params.items() if k not in ("transformer", "norm")}
+    return np.asarray(bare.apply({"params": params}, images)[0])
+
+
+def test_registers_stand_between_class_token_and_patches_without_positions():
+    encoder = ENCODER.clone(registers=3)
+    params = draw_params(encoder)
+    tokens, plain = before_blocks(encoder, params), before_blocks(ENCODER, variables()["params"])
+    assert (encoder.prefix_tokens, tokens.shape) == (4, (2, 4 + TOKENS, 8))
+    np.testing.assert_array_equal(tokens[:, 1:4], np.tile(params["registers"], (2, 1, 1)))
+    np.testing.assert_array_equal(tokens[:, [0, *range(4, 4 + TOKENS)]], plain)
+
+
+def test_without_class_token_only_patches_are_left():
+    encoder = ENCODER.clone(class_token=False)
+    tokens = before_blocks(encoder, draw_params(encoder))
+    np.testing.assert_array_equal(tokens, before_blocks(ENCODER, variables()["params"])[:, 1:])
+    assert encoder.position_table().shape == (TOKENS, 8)
+
+
+def test_pre_norm_normalizes_what_the_first_block_gets():
+    encoder = ENCODER.clone(pre_norm=True)
+    params = draw_params(encoder)
+    x = before_blocks(ENCODER, variables()["params"]).astype(np.float64)
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    expected = x * params["pre_norm"]["scale"] + params["pre_norm"]["bias"]
+    np.testing.assert_allclose(before_blocks(encoder, params), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_patch_embedding_may_have_no_bias():
+    encoder = ENCODER.clone(patch_bias=False)
+    params = draw_params(encoder)
+    assert set(params["patch_embed"]) == {"kernel"}
+    plain = variables()["params"]
+    difference = before_blocks(ENCODER, plain) - before_blocks(encoder, params)
+    expected = np.broadcast_to(plain["patch_embed"]["bias"], (2, TOKENS, 8))
+    np.testing.assert_allclose(difference[:, 1:], expected, atol=1e-5)
+
+
+def test_pixels_that_fill_no_patch_are_left_out_only_where_that_is_asked_for():
+    encoder = ENCODER.clone(image_size=(11, 13), floor_grid=True)
+    images = np.pad(IMAGES, ((0, 0), (0, 3), (0, 1), (0, 0)), constant_values=9.0)
+    assert encoder.grid == (2, 6)
+    ours = np.asarray(encoder.apply(variables(), images)[0])
+    np.testing.assert_allclose(ours, encode(IMAGES), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="11"):
+        ENCODER.clone(image_size=(11, 13)).grid  # noqa: B018  # computed on access
+
+
+def test_shared_bias_acts_as_the_same_bias_in_every_block():
+    shared = ENCODER.clone(shared_position_bias=True)
+    params = draw_params(shared)
+    table = params["position_bias"]["table"]
+    own = ENCODER.clone(transformer=Transformer(2, 2, position_bias=ENCODER.grid))
+    blocks = {
+        name: {**block, "attention": {**block["attention"], "position_bias": {"table": table}}}
+        for name, block in params["transformer"].items()
+    }
+    each = {k: v for k, v in params.items() if k != "position_bias"} | {"transformer": blocks}
+    ours, theirs = (m.apply({"params": p}, IMAGES)[0] for m, p in ((shared, params), (own, each)))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert not np.allclose(ours, encode(IMAGES))
+
+
+def test_final_norm_may_have_an_epsilon_of_its_own():
+    rough = ENCODER.clone(norm_epsilon=10.0)
+    tokens, blocks = rough.apply(variables(), IMAGES)
+    x, norm = np.asarray(blocks[-1], np.float64), variables()["params"]["norm"]
+    expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 10.0)
+    expected = expected * norm["scale"] + norm["bias"]
+    np.testing.assert_allclose(tokens, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_unknown_positions_are_an_error_that_lists_the_known():
+    with pytest.raises(ValueError, match="positions is 'rotary'; known are sincos, sincos_row"):
+        ENCODER.clone(positions="rotary").position_table()
