@@ -11,6 +11,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from mim_jax.conversion.torchscript import is_torchscript, read_torchscript
+
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".pth.tar")
 
 WRAPPERS = ("model", "state_dict")
@@ -94,6 +96,8 @@ def _torch(path: Path) -> Any:
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
     import argparse
 
+    if is_torchscript(path):  # none of whose code need run
+        return {k: np.asarray(v, np.float32) for k, v in read_torchscript(path).items()}
     torch = _torch(path)
     try:
         # Own runs of the MAE code keep their arguments beside the weights.

@@ -1,9 +1,11 @@
 """Towers of other libraries with random weights: every layer computes what theirs does."""
 
+import copy
 import functools
 import json
 import math
 import re
+import warnings
 from typing import NamedTuple
 
 import jax
@@ -334,6 +336,22 @@ def test_text_tower_in_openais_names_computes_what_their_code_does(tmp_path):
     state = text_layout(tower, "openai", "tower").save({"tower": unflatten(params)})
     for key, value in state.items():
         np.testing.assert_array_equal(value, model.state_dict()[key].numpy(), err_msg=key)
+
+
+def test_archive_as_openai_released_it_is_read_without_its_code(tmp_path):
+    import torch
+
+    model = openai_clip()
+    ids = torch.tensor([[3, 19, 0, 4]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is of the past
+        torch.jit.trace(copy.deepcopy(model).half().float(), ids).save(tmp_path / "ViT-B-16.pt")
+    state = read_state_dict(tmp_path / "ViT-B-16.pt")
+    assert set(state) == set(model.state_dict())
+    for key, value in state.items():
+        np.testing.assert_array_equal(value, model.state_dict()[key].half().float(), err_msg=key)
+    tower, _ = read_text_tower(str(tmp_path / "ViT-B-16.pt"))
+    assert (tower.width, tower.transformer.depth, tower.outputs) == (64, 2, 8)
 
 
 def test_whole_clip_gives_both_towers_whichever_names_it_has(tmp_path, folders):
