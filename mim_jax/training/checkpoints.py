@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
@@ -28,7 +29,15 @@ def _manager(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.Checkpo
         "progress": ocp.StandardCheckpointHandler(),
         "about": ocp.JsonCheckpointHandler(),
     }
-    return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+    # Orbax warns that a folder opened for reading is opened for reading.
+    log = absl.logging.get_absl_logger()
+    level = log.level
+    try:
+        if options.read_only:
+            log.setLevel("ERROR")
+        return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+    finally:
+        log.setLevel(level)
 
 
 def _variables(state: TrainState) -> dict[str, Any]:
