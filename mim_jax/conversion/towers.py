@@ -32,7 +32,8 @@ PACKAGED = {"tiny": Path(__file__).parent / "assets" / "tiny_tower.safetensors"}
 
 TOLD = (
     *("family", "width", "depth", "heads", "mlp_ratio", "patch_size", "image_size", "channels"),
-    *("registers", "outputs", "position_grid", "pool", "epsilon", "logit_cap", "mean", "std"),
+    *("registers", "outputs", "position_grid", "pool", "epsilon", "norm_epsilon", "logit_cap"),
+    *("mean", "std"),
 )
 """Fields of `tower_settings` that weights tell."""
 
@@ -310,6 +311,7 @@ def _find(path: str, given: Mapping[str, Any]) -> _Found:
             else projection.shape[1 if naming.transposed_projection else 0],
             "position_grid": (),
             "pool": _pool(state, naming, inside, family),
+            "norm_epsilon": 0.0,
             "logit_cap": 0.0,
             **_numbers(family, about, given),
         },
@@ -536,6 +538,7 @@ def _run_settings(
         "position_grid": tuple(encoder.position_grid or ()),
         "pool": "token" if encoder.final_norm else "mean",
         "epsilon": blocks.epsilon,
+        "norm_epsilon": encoder.norm_epsilon or 0.0,
         "logit_cap": blocks.logit_cap or 0.0,
         "mean": tuple(config.data.mean),
         "std": tuple(config.data.std),

@@ -130,7 +130,8 @@ def tower_settings(name: str, path: str = "", **changes: Any) -> dict[str, Any]:
         What `build_tower` reads. `image_size` is what the tower gets to see (positions that were
         learned on another size are resized, fixed ones are spread from `position_grid`, where it
         is not ()); `pool` is "", `epsilon` 0, `mean` and `std` () for those of the family;
-        `logit_cap` is 0 for none; `compute_dtype` is "" for that of the config.
+        `norm_epsilon`, of the final norm, is 0 for that of the blocks; `logit_cap` is 0 for none;
+        `compute_dtype` is "" for that of the config.
     """
     given = {**TOWERS[name], **changes}
     sizes = {"width": 0, "depth": 0, "heads": 0, "mlp_ratio": 4.0}
@@ -150,6 +151,7 @@ def tower_settings(name: str, path: str = "", **changes: Any) -> dict[str, Any]:
             "position_grid": (),
             "pool": "",
             "epsilon": 0.0,
+            "norm_epsilon": 0.0,
             "logit_cap": 0.0,
             "mean": (),
             "std": (),
@@ -248,7 +250,7 @@ class Tower(nn.Module):
         elif self.pool == "mean":
             # The norm of the encoder itself, which has normalized token by token.
             norm = nn.LayerNorm(
-                transformer.epsilon,
+                self.encoder.norm_epsilon or transformer.epsilon,
                 transformer.dtype,
                 use_fast_variance=False,
                 parent=None,
@@ -353,6 +355,7 @@ def build_tower(settings: Any, compute_dtype: str, **blocks: Any) -> Tower:
         Transformer(settings.depth, settings.heads, **common),
         position_grid=tuple(settings.position_grid) or None,
         registers=settings.registers,
+        norm_epsilon=settings.norm_epsilon or None,
         **family.encoder,
     )
     grid = encoder.grid  # raises if image and patch do not fit
