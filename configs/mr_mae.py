@@ -112,7 +112,7 @@ def get_config(variant: str = "vit_b16") -> ml_collections.ConfigDict:
             crop_area=(0.5, 1.0),
         )
         config.batch_size = 128
-        config.epochs = 25.0
+        config.epochs = 20.0
         config.optimizer.base_lr = 3e-3
         config.schedule.warmup_epochs = 2.0
         config.log = dict(every_steps=50, pictures_every_steps=200)

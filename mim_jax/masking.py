@@ -91,7 +91,8 @@ def complementary_views(noise: jax.Array, views: int) -> Masking:
         views: number of parts.
 
     Returns:
-        A masking of `views * batch` samples: view 1 of all images, then view 2 of all, and so on.
+        A masking of `batch * views` samples: all views of the first image, then all of the
+        second, and so on, so that a batch can be sharded over devices.
 
     Raises:
         ValueError: if the parts cannot be equal.
@@ -102,7 +103,7 @@ def complementary_views(noise: jax.Array, views: int) -> Masking:
     kept = tokens // views
     order = jnp.argsort(noise, axis=1)
     orders = [jnp.roll(order, -view * kept, axis=1) for view in range(views)]
-    return masking_of_order(jnp.concatenate(orders), kept)
+    return masking_of_order(jnp.stack(orders, axis=1).reshape(-1, tokens), kept)
 
 
 def disjoint_counts(units: int, mask_ratio: float, prediction_ratio: float) -> tuple[int, int]:

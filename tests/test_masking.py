@@ -290,8 +290,8 @@ def test_complementary_views_show_every_token_exactly_once(sizes, seed):
     masking = complementary_views(jnp.asarray(draw_noise(seed, batch, tokens)), views)
     kept = tokens // views
     assert masking.keep_ids.shape == (views * batch, kept)
-    shown = 1 - np.asarray(masking.mask).reshape(views, batch, tokens)
-    np.testing.assert_array_equal(shown.sum(axis=0), 1)
+    shown = 1 - np.asarray(masking.mask).reshape(batch, views, tokens)
+    np.testing.assert_array_equal(shown.sum(axis=1), 1)
     for keep, restore in zip(masking.keep_ids, masking.restore_ids, strict=True):
         np.testing.assert_array_equal(restore[keep], np.arange(kept))
         assert sorted(restore) == list(range(tokens))
@@ -300,7 +300,7 @@ def test_complementary_views_show_every_token_exactly_once(sizes, seed):
 def test_the_first_of_the_complementary_views_is_plain_random_masking():
     noise = jnp.asarray(draw_noise(3, 2, 8))
     for ours, plain in zip(complementary_views(noise, 4), random_masking(noise, 2), strict=True):
-        np.testing.assert_array_equal(ours[:2], plain)
+        np.testing.assert_array_equal(ours[::4], plain)
 
 
 def test_views_that_cannot_be_equal_are_an_error():

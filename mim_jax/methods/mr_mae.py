@@ -48,7 +48,7 @@ from mim_jax.models.masked_decoder import MaskedDecoder
 from mim_jax.models.tower import Seen, Tower, build_tower, check_grid, see
 from mim_jax.models.transformer import LAYER_NORM_EPSILON
 from mim_jax.models.vit import ViT, adopted
-from mim_jax.tower_layout import tower_layout
+from mim_jax.tower_layout import HUB_NAMINGS, tower_layout
 
 CHOICES = {
     "encoder": ("vit", "conv_vit"),
@@ -96,12 +96,12 @@ class MimicHead(nn.Module):
 
 
 class Prediction(NamedTuple):
-    """What one forward pass computes; the views of an image lie `batch` rows apart.
+    """What one forward pass computes; the views of an image follow one another.
 
     Attributes:
-        latent: `[views * batch, prefix + kept, width]`, normalized encoder output.
-        pred: `[views * batch, tokens, values]`, predicted patches; None without decoder.
-        mimic: `[views * batch, kept, channels]`, predicted features of the visible patches in
+        latent: `[batch * views, prefix + kept, width]`, normalized encoder output.
+        pred: `[batch * views, tokens, values]`, predicted patches; None without decoder.
+        mimic: `[batch * views, kept, channels]`, predicted features of the visible patches in
             the order of `keep_ids`; None without mimic head.
     """
 
@@ -128,12 +128,11 @@ class MimicAutoencoder(nn.Module):
 
         Args:
             images: normalized.
-            chosen: a masking of `views * batch` samples.
+            chosen: a masking of `batch * views` samples.
         """
-        encoder, prefix = self.encoder, self.encoder.prefix_tokens
-        if isinstance(encoder, ViT):
-            images = _for_views(images, len(chosen.keep_ids) // len(images))
-        latent, blocks = encoder(images, chosen.keep_ids)
+        prefix = self.encoder.prefix_tokens
+        images = _for_views(images, len(chosen.keep_ids) // len(images))
+        latent, blocks = self.encoder(images, chosen.keep_ids)
         mimic = pred = None
         if self.mimic_head is not None:
             mimic = self.mimic_head(latent[:, prefix:], blocks)
@@ -243,7 +242,7 @@ class MRMAE(Method):
             model.mimic_weight,
             teacher,
             model.teacher.path,
-            "hf-clip" if model.teacher.family in ("clip", "openclip") else "timm",
+            HUB_NAMINGS[model.teacher.family],
             model.teacher_output,
             model.target_norm,
             model.mask_type,
@@ -297,7 +296,7 @@ class MRMAE(Method):
         return see(self.teacher, variables["params"]["teacher"], images)
 
     def choose(self, rng: jax.Array, batch: int, seen: Seen | None) -> masking.Masking:
-        """Draws a masking of `views * batch` samples."""
+        """Draws a masking of `batch * views` samples."""
         if self.mask_type == "random":
             return self.random(jax.random.uniform(rng, (batch, self.tokens)))
         assert seen is not None
@@ -305,9 +304,9 @@ class MRMAE(Method):
 
     def random(self, noise: jax.Array) -> masking.Masking:
         """The masking, or complementary views, from noise `[batch, tokens]` in [0, 1)."""
-        if self.views > 1:
-            return masking.complementary_views(noise, self.views)
-        return masking.random_masking(noise, self.kept)
+        if self.views == 1:
+            return masking.random_masking(noise, self.kept)
+        return masking.complementary_views(noise, self.views)
 
     def focused(self, exponential: jax.Array, seen: Seen) -> masking.Masking:
         """Visible patches drawn by the teacher's attention, with draws of Exp(1)."""
@@ -348,7 +347,7 @@ class MRMAE(Method):
         if output.mimic is not None:
             assert seen is not None
             features = _for_views(self.mimic_target(seen), self.views)
-            features = masking.gather_tokens(features, chosen.keep_ids)  # [V * B, K, C]
+            features = masking.gather_tokens(features, chosen.keep_ids)  # [B * V, K, C]
             terms["loss_mimic"] = jnp.mean(losses.squared_error(output.mimic, features))
             total += self.mimic_weight * terms["loss_mimic"]
         return total, terms
@@ -388,9 +387,8 @@ class MRMAE(Method):
         if self.model.decoder is None:
             return {}
         images = batch["image"].astype(jnp.float32)
-        batch_size = images.shape[0]
-        chosen = self.choose(rngs["mask"], batch_size, self.seen(variables, images))
-        chosen = masking.Masking(*(x[:batch_size] for x in chosen))
+        chosen = self.choose(rngs["mask"], images.shape[0], self.seen(variables, images))
+        chosen = masking.Masking(*(rows[:: self.views] for rows in chosen))
         pred = self.predict(variables, images, chosen).pred
         assert pred is not None
         picture = reconstruction_picture(
@@ -511,5 +509,5 @@ def _check_teacher(teacher: Tower, output: str, focused: bool) -> None:
 
 
 def _for_views(x: jax.Array, views: int) -> jax.Array:
-    """All of `x` once for each view, one view after the other."""
-    return x if views == 1 else jnp.tile(x, (views, *(1,) * (x.ndim - 1)))
+    """Every row of `x` once for each view."""
+    return x if views == 1 else jnp.repeat(x, views, axis=0)

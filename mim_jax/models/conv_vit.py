@@ -1,7 +1,7 @@
 """The hybrid encoder of ConvMAE: two convolutional stages, then a ViT (Gao et al., 2022)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -153,6 +153,73 @@ class ConvEmbed(nn.Module):
         return ACTIVATIONS["gelu"](layer_norm("norm", self.dtype, CONV_EPSILON)(x))
 
 
+@jax.custom_vjp
+def depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Each channel convolved with a kernel of its own; zeros lie around the map.
+
+    A sum of shifted products instead of a grouped convolution. XLA's partitioner multiplies the
+    gradient of a grouped convolution's kernel by the number of devices that hold the same part of
+    the batch, as they do along a tensor axis of the mesh. And on CPU it is the faster way.
+
+    Args:
+        x: `[batch, rows, columns, width]`.
+        kernel: `[side, side, 1, width]`, side odd.
+
+    Returns:
+        As `x`, summed in float32.
+    """
+    total = jnp.float32(0)
+    for (i, j), shifted in _shifts(x, len(kernel)):
+        total += shifted.astype(jnp.float32) * kernel[i, j, 0].astype(jnp.float32)
+    return total.astype(x.dtype)
+
+
+def _shifts(x: jax.Array, side: int) -> Iterator[tuple[tuple[int, int], jax.Array]]:
+    """What lies at each place of a kernel, `[batch, rows, columns, width]`, with the place."""
+    rows, columns = x.shape[1:3]
+    around = (side // 2, side // 2)
+    x = jnp.pad(x, ((0, 0), around, around, (0, 0)))
+    for i, j in np.ndindex(side, side):
+        yield (i, j), x[:, i : i + rows, j : j + columns]
+
+
+def _depthwise_forward(
+    x: jax.Array, kernel: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return depthwise(x, kernel), (x, kernel)
+
+
+def _depthwise_backward(
+    given: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = given
+    wide = gradient.astype(jnp.float32)
+    sums = [
+        jnp.sum(shifted.astype(jnp.float32) * wide, axis=(0, 1, 2))
+        for _, shifted in _shifts(x, len(kernel))
+    ]
+    of_kernel = jnp.stack(sums).reshape(kernel.shape).astype(kernel.dtype)
+    return depthwise(gradient, kernel[::-1, ::-1]), of_kernel
+
+
+depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+class DepthwiseConv(nn.Module):
+    """`depthwise` with a kernel of `KERNEL` x `KERNEL` and a bias, which start as in PyTorch."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[batch, rows, columns, width]` to the same shape."""
+        width = x.shape[-1]
+        kernel = self.param("kernel", torch_kernel, (KERNEL, KERNEL, 1, width))
+        bias = self.param("bias", torch_bias(KERNEL * KERNEL), (width,))
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        return depthwise(x, kernel) + bias
+
+
 class ConvBlock(nn.Module):
     """A transformer block whose attention is a depthwise convolution between two pointwise ones.
 
@@ -196,24 +263,15 @@ class ConvBlock(nn.Module):
                 return branch
             return branch * branch_scales[index].reshape(-1, *(1,) * (branch.ndim - 1))
 
-        depthwise = nn.Conv(
-            width,
-            (KERNEL, KERNEL),
-            padding=KERNEL // 2,
-            feature_group_count=width,
-            kernel_init=torch_kernel,
-            bias_init=torch_bias(KERNEL * KERNEL),
-            dtype=self.dtype,
-            name="depthwise",
-        )
+        around = DepthwiseConv(self.dtype, name="depthwise")
         branch = pointwise("conv1", width, layer_norm("norm1", self.dtype, CONV_EPSILON)(x))
         # The mask comes after the first pointwise convolution, whose bias would fill the gaps.
         if visible is not None and x.ndim == 5:
-            branch = visible.pick(depthwise(visible.spread(branch)))
+            branch = visible.pick(around(visible.spread(branch)))
         elif visible is not None:
-            branch = depthwise(branch * visible.mask(x.shape[1] // visible.grid[0], x.dtype))
+            branch = around(branch * visible.mask(x.shape[1] // visible.grid[0], x.dtype))
         else:
-            branch = depthwise(branch)
+            branch = around(branch)
         x = x + scaled(pointwise("conv2", width, branch), 0)
         branch = layer_norm("norm2", self.dtype, CONV_EPSILON)(x)
         branch = pointwise("fc1", int(width * self.mlp_ratio + 1e-6), branch)
@@ -228,8 +286,7 @@ class ConvViT(nn.Module):
     overlap and only the depthwise convolutions look around, which see zeros in place of removed
     patches, no visible token knows anything of a removed one.
 
-    Several masks of one image (FastConvMAE, DMJD) come as more rows of `keep_ids` than there are
-    images. Where the views are complementary, the stages then compute each patch once.
+    Several masks of each image come as more rows of `keep_ids` than there are images.
 
     Attributes:
         image_size: `(height, width)` in pixels; need not be square.

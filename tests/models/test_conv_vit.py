@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mim_jax.masking import complementary_views, enlarge_mask, random_masking
 from mim_jax.models.conv_vit import (
@@ -13,6 +14,7 @@ from mim_jax.models.conv_vit import (
     VisibleCells,
     adopted,
     conv_vit_size,
+    depthwise,
 )
 from mim_jax.models.positions import sincos_positions
 from mim_jax.models.transformer import Transformer
@@ -98,12 +100,11 @@ def test_all_patches_visible_is_the_same_as_no_mask(removed):
 
 @pytest.mark.parametrize("removed", ["skipped", "zeroed"])
 def test_every_view_is_what_its_mask_gives_alone(removed):
-    views = complementary_views(NOISE, 4)
-    together = encode(IMAGES, views.keep_ids, removed=removed)[0]
-    for view in range(4):
-        rows = slice(view * BATCH, (view + 1) * BATCH)
-        alone = encode(IMAGES, views.keep_ids[rows], removed=removed)[0]
-        np.testing.assert_allclose(together[rows], alone, atol=2e-5)
+    views = [complementary_views(NOISE, 4).keep_ids[view::4] for view in range(4)]
+    together = encode(IMAGES, jnp.concatenate(views), removed=removed)[0]
+    for view, keep_ids in enumerate(views):
+        alone = encode(IMAGES, keep_ids, removed=removed)[0]
+        np.testing.assert_allclose(together[view * BATCH :][:BATCH], alone, atol=2e-5)
 
 
 def test_visible_tokens_come_in_the_order_of_their_ids():
@@ -111,6 +112,48 @@ def test_visible_tokens_come_in_the_order_of_their_ids():
     given, changed = (encode(IMAGES, ids)[0] for ids in (MASKING.keep_ids, turned))
     np.testing.assert_allclose(changed[:, 1:][:, ::-1], given[:, 1:], atol=2e-5)
     np.testing.assert_allclose(changed[:, 0], given[:, 0], atol=2e-5)
+
+
+def test_depthwise_convolution_and_its_gradients_are_those_of_a_grouped_convolution():
+    x, kernel, weights = draw(2, 6, 9, 3), draw(5, 5, 1, 3, seed=1), draw(2, 6, 9, 3, seed=2)
+
+    def grouped(x, kernel):
+        sides = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=sides, feature_group_count=3
+        )
+
+    values, gradients = [], []
+    for convolve in (depthwise, grouped):
+
+        def loss(x, kernel, convolve=convolve):
+            y = convolve(x, kernel)
+            return jnp.sum(y * weights), y
+
+        gradient, value = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(x, kernel)
+        values.append(value)
+        gradients.append(gradient)
+    np.testing.assert_allclose(*values, atol=1e-5)
+    for ours, expected in zip(*gradients, strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-4)
+
+
+def test_depthwise_kernels_gradient_is_right_where_devices_share_a_part_of_the_batch():
+    # XLA gives that of a grouped convolution times the number of such devices.
+    x, kernel = draw(4, 6, 6, 3), draw(5, 5, 1, 3, seed=1)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "tensor"))
+    rows, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    gradient = jax.grad(lambda kernel, x: jnp.sum(depthwise(x, kernel) ** 2))
+    sharded = jax.jit(gradient, in_shardings=(everywhere, rows))
+    np.testing.assert_allclose(sharded(kernel, x), jax.jit(gradient)(kernel, x), rtol=1e-4)
+
+
+def test_depthwise_convolution_adds_in_float32():
+    x = jnp.full((1, 5, 5, 1), 1 + 2**-7, jnp.bfloat16)
+    kernel = jnp.ones((5, 5, 1, 1), jnp.bfloat16)
+    middle = depthwise(x, kernel)[0, 2, 2, 0]
+    assert middle.dtype == jnp.bfloat16
+    assert float(middle) == float(jnp.bfloat16(25 * (1 + 2**-7)))
 
 
 def test_cells_are_spread_to_their_places_and_picked_again():
