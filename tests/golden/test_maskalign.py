@@ -271,10 +271,10 @@ def test_official_checkpoint_round_trip_is_exact(path):
         method = build(case.cfg, **{"model.scan": scan})
         _, params = load(method, case)
         saved, official = method.layout().save(params), case.group("param")
-        assert set(saved) == set(official)
-        for key, value in official.items():
-            loose = "pos_embed" in key  # a fixed table here, compared when it is read
-            np.testing.assert_allclose(saved[key], value, rtol=0, atol=1e-6 if loose else 0)
+        assert set(saved) == set(official) - set(method.layout().left_out(official))
+        for key, value in saved.items():
+            loose = key == "pos_embed"  # a fixed table here, compared when it is read
+            np.testing.assert_allclose(value, official[key], rtol=0, atol=1e-6 if loose else 0)
         again = flatten(method.layout().load(saved, params))
         for key, value in flatten(params).items():
             np.testing.assert_array_equal(again[key], value)
@@ -284,9 +284,7 @@ def test_official_checkpoint_round_trip_is_exact(path):
 def test_a_model_of_other_sizes_takes_those_of_the_checkpoint(path):
     case = read(path)
     method = build(case.cfg)
-    changes = {"model.width": 2 * method.encoder.width, "model.patch_size": (4, 4)}
-    teacher = {"model.teacher.patch_size": (4, 4)}
-    other = build(case.cfg, **changes, **teacher)
+    other = build(case.cfg, **{"model.width": 2 * method.encoder.width, "model.mlp_ratio": 1.5})
     known = {"heads": method.encoder.transformer.heads}
     sized = other.sized_like(case.group("param"), known)
     assert sized.model == method.model
