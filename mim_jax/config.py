@@ -8,7 +8,7 @@ whose argument has a default. It lists only what its method changes; everything 
 import difflib
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +325,18 @@ def _tuples(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(_tuples(item) for item in value)
     return value
+
+
+def check_choices(model: ml_collections.ConfigDict, choices: Mapping[str, Sequence[str]]) -> None:
+    """Raises `ValueError` if a field of `config.model` is none of the names known for it.
+
+    Args:
+        model: `config.model`.
+        choices: known names by field.
+    """
+    for field, known in choices.items():
+        if model[field] not in known:
+            raise ValueError(f"model.{field} is {model[field]!r}; known are {', '.join(known)}.")
 
 
 def resolve(config: ml_collections.ConfigDict, platform: str) -> ml_collections.ConfigDict:

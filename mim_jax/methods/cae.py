@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from mim_jax import config as configs
 from mim_jax import layout, losses, masking, targets
 from mim_jax.method import (
     Aux,
@@ -23,11 +24,16 @@ from mim_jax.method import (
     Variables,
     register,
 )
-from mim_jax.methods.mae import adopt_encoder, blocks_of, build_encoder, encoder_like
+from mim_jax.methods.parts.encoders import (
+    adopt_encoder,
+    blocks_of,
+    build_encoder,
+    encoder_like,
+)
 from mim_jax.models.dvae import STRIDE, DVAEEncoder, token_ids
 from mim_jax.models.latent_regressor import SMALL, LatentDecoder, LatentRegressor
 from mim_jax.models.positions import resize_positions, sincos_positions
-from mim_jax.models.tower import Tower, build_tower, check_grid, see
+from mim_jax.models.tower import Tower, build_tower, check_grid, initial_params, see
 from mim_jax.models.transformer import Transformer, layer_norm, restacked
 from mim_jax.models.vit import ViT
 from mim_jax.regressor_layout import regressor_rules
@@ -195,9 +201,7 @@ class CAE(Method):
                 together.
         """
         model = config.model
-        for field, value, known in (("target", model.target, TARGETS), ("mask", model.mask, MASKS)):
-            if value not in known:
-                raise ValueError(f"model.{field} is {value!r}; known are {', '.join(known)}.")
+        configs.check_choices(model, {"target": TARGETS, "mask": MASKS})
         of_features = model.target == "features"
         if of_features and (model.decoder_depth or model.align_weight):
             raise ValueError(
@@ -313,9 +317,7 @@ class CAE(Method):
             seen = jnp.zeros((1, STRIDE, STRIDE, self.tokenizer.channels))
             params["tokenizer"] = self.tokenizer.init(frozen, seen)["params"]
         if self.tower is not None:
-            size, channels = self.tower.encoder.image_size, self.tower.encoder.channels
-            seen = jnp.zeros((1, *size, channels))
-            params["teacher"] = self.tower.init(frozen, seen)["params"]
+            params["teacher"] = initial_params(self.tower, frozen)
         return {"params": params}
 
     def choose(self, rng: jax.Array, batch: int) -> tuple[jax.Array, jax.Array]:

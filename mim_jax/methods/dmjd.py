@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from mim_jax import config as configs
 from mim_jax import layout, losses, masking, targets
 from mim_jax.conv_layout import conv_vit_constants, conv_vit_rules
 from mim_jax.data.on_device import denormalize
@@ -25,22 +26,26 @@ from mim_jax.method import (
     Variables,
     register,
 )
-from mim_jax.methods.conv_encoder import build_conv_vit, conv_encoder_of, conv_vit_like
-from mim_jax.methods.mae import (
+from mim_jax.methods.parts.encoders import (
     adopt_encoder,
     blocks_of,
+    build_conv_vit,
     build_encoder,
-    decoder_rules,
+    conv_encoder_of,
+    conv_vit_like,
     depth_of,
     encoder_like,
+)
+from mim_jax.methods.parts.pixel_decoder import (
+    decoder_rules,
 )
 from mim_jax.models import conv_vit
 from mim_jax.models.conv_vit import ConvViT
 from mim_jax.models.masked_decoder import MaskedDecoder
-from mim_jax.models.tower import Tower, build_tower, check_grid, see
+from mim_jax.models.tower import Tower, build_tower, check_grid, initial_params, see
 from mim_jax.models.transformer import ACTIVATIONS, LAYER_NORM_EPSILON, layer_norm, restacked
 from mim_jax.models.vit import ViT
-from mim_jax.tower_layout import tower_layout
+from mim_jax.tower_layout import HUB_NAMINGS, tower_layout
 
 BINS = 9
 """Orientations of the HOG target."""
@@ -182,11 +187,7 @@ class DMJD(Method):
                 not fit together.
         """
         model = config.model
-        for field, known in CHOICES.items():
-            if model[field] not in known:
-                raise ValueError(
-                    f"model.{field} is {model[field]!r}; known are {', '.join(known)}."
-                )
+        configs.check_choices(model, CHOICES)
         encoder = build_conv_vit(config) if model.encoder == "conv_vit" else build_encoder(config)
         teacher = None
         if model.target == "teacher":
@@ -220,7 +221,7 @@ class DMJD(Method):
             tuple(config.data.std),
             teacher,
             model.teacher.path,
-            "hf-clip" if model.teacher.family in ("clip", "openclip") else "timm",
+            HUB_NAMINGS[model.teacher.family],
         )
         _ = method.counts  # raises if grid and ratios do not fit
         return method
@@ -267,9 +268,7 @@ class DMJD(Method):
         model, teacher = jax.random.split(rng)
         params = dict(self.model.init(model, images, self.choose(rng, 1))["params"])
         if self.teacher:
-            encoder = self.teacher.encoder
-            seen = jnp.zeros((1, *encoder.image_size, encoder.channels))
-            params["teacher"] = self.teacher.init(teacher, seen)["params"]
+            params["teacher"] = initial_params(self.teacher, teacher)
         return {"params": params}
 
     def choose(self, rng: jax.Array, batch: int) -> masking.Masking:
@@ -382,6 +381,7 @@ class DMJD(Method):
                 *teacher.constants,
             ),
             optional=(r"decoder_.*|mask_token|proj_embed.*|predictor.*", r"teacher\..*"),
+            unused=teacher.unused,
         )
 
     def sized_like(self, state: Mapping[str, np.ndarray], known: Mapping[str, Any]) -> "DMJD":

@@ -20,8 +20,14 @@ from mim_jax import layout, losses
 from mim_jax.conv_layout import conv_vit_constants, conv_vit_rules
 from mim_jax.data.mixing import Mixing, random_erasing
 from mim_jax.method import Aux, Batch, Features, Input, Method, Variables, register
-from mim_jax.methods.conv_encoder import build_conv_vit, conv_encoder_of, conv_vit_like
-from mim_jax.methods.mae import adopt_encoder, build_encoder, encoder_like
+from mim_jax.methods.parts.encoders import (
+    adopt_encoder,
+    build_conv_vit,
+    build_encoder,
+    conv_encoder_of,
+    conv_vit_like,
+    encoder_like,
+)
 from mim_jax.models import conv_vit
 from mim_jax.models.conv_vit import ConvViT
 from mim_jax.models.pooling import TransformerPool, pooling_blocks

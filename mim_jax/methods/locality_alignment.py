@@ -17,10 +17,13 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from mim_jax import config as configs
 from mim_jax import layout, losses, masking
 from mim_jax.data.mixing import Mixing
 from mim_jax.method import Aux, Batch, Features, Input, Method, Pretrained, Variables, register
-from mim_jax.methods.mae import adopt_encoder
+from mim_jax.methods.parts.encoders import (
+    adopt_encoder,
+)
 from mim_jax.models.tower import Tower, build_tower
 from mim_jax.models.transformer import ACTIVATIONS, Transformer, layer_norm, token_rows
 from mim_jax.models.vit import ViT
@@ -244,11 +247,7 @@ class LocalityAlignment(Method):
                 together.
         """
         model = config.model
-        for field, known in CHOICES.items():
-            if model[field] not in known:
-                raise ValueError(
-                    f"model.{field} is {model[field]!r}; known are {', '.join(known)}."
-                )
+        configs.check_choices(model, CHOICES)
         tower = build_tower(
             model.teacher,
             config.compute_dtype,

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from mim_jax import config as configs
 from mim_jax import layout, losses, masking, targets
 from mim_jax.method import (
     Aux,
@@ -28,8 +29,12 @@ from mim_jax.method import (
     Variables,
     register,
 )
-from mim_jax.methods.mae import adopt_encoder, build_encoder, encoder_like
-from mim_jax.models.tower import Seen, Tower, build_tower, check_grid, see
+from mim_jax.methods.parts.encoders import (
+    adopt_encoder,
+    build_encoder,
+    encoder_like,
+)
+from mim_jax.models.tower import Seen, Tower, build_tower, check_grid, initial_params, see
 from mim_jax.models.transformer import ACTIVATIONS, layer_norm, token_rows
 from mim_jax.models.vit import ViT
 from mim_jax.tower_layout import HUB_NAMINGS, tower_layout
@@ -224,11 +229,7 @@ class MaskAlign(Method):
                 and mask ratio do not fit together.
         """
         model = config.model
-        for field, known in CHOICES.items():
-            if model[field] not in known:
-                raise ValueError(
-                    f"model.{field} is {model[field]!r}; known are {', '.join(known)}."
-                )
+        configs.check_choices(model, CHOICES)
         encoder = build_encoder(config, model.drop_path)
         # Nobody reads what is behind the teacher's blocks, and official files do not have it.
         teacher = build_tower(
@@ -325,9 +326,7 @@ class MaskAlign(Method):
         images = jnp.zeros((1, *batch["image"].shape[1:]))
         ids = jnp.zeros((1, self.kept), jnp.int32)
         params = dict(self.model.init(rng, images, ids)["params"])
-        encoder = self.teacher.encoder
-        shown = jnp.zeros((1, *encoder.image_size, encoder.channels))
-        params["teacher"] = self.teacher.init(jax.random.fold_in(rng, 1), shown)["params"]
+        params["teacher"] = initial_params(self.teacher, jax.random.fold_in(rng, 1))
         return {"params": params}
 
     def seen(self, variables: Variables, images: jax.Array) -> Seen:

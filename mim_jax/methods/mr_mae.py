@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from mim_jax import config as configs
 from mim_jax import layout, losses, masking, targets
 from mim_jax.conv_layout import conv_vit_constants, conv_vit_rules
 from mim_jax.method import (
@@ -30,22 +31,26 @@ from mim_jax.method import (
     Variables,
     register,
 )
-from mim_jax.methods.conv_encoder import build_conv_vit, conv_encoder_of, conv_vit_like
-from mim_jax.methods.mae import (
-    MAE,
-    adopt_decoder,
+from mim_jax.methods.mae import MAE
+from mim_jax.methods.parts.encoders import (
     adopt_encoder,
     blocks_of,
+    build_conv_vit,
     build_encoder,
+    conv_encoder_of,
+    conv_vit_like,
+    encoder_like,
+)
+from mim_jax.methods.parts.pixel_decoder import (
+    adopt_decoder,
     decoder_like,
     decoder_rules,
-    encoder_like,
     reconstruction_picture,
 )
 from mim_jax.models import conv_vit
 from mim_jax.models.conv_vit import ConvViT
 from mim_jax.models.masked_decoder import MaskedDecoder
-from mim_jax.models.tower import Seen, Tower, build_tower, check_grid, see
+from mim_jax.models.tower import Seen, Tower, build_tower, check_grid, initial_params, see
 from mim_jax.models.transformer import LAYER_NORM_EPSILON
 from mim_jax.models.vit import ViT, adopted
 from mim_jax.tower_layout import HUB_NAMINGS, tower_layout
@@ -192,11 +197,7 @@ class MRMAE(Method):
                 do not fit together.
         """
         model = config.model
-        for field, known in CHOICES.items():
-            if model[field] not in known:
-                raise ValueError(
-                    f"model.{field} is {model[field]!r}; known are {', '.join(known)}."
-                )
+        configs.check_choices(model, CHOICES)
         mimics = model.mimic_weight > 0
         if model.mimic_weight < 0 or not (mimics or model.reconstruct):
             raise ValueError(
@@ -283,9 +284,7 @@ class MRMAE(Method):
         chosen = masking.random_masking(jnp.zeros((1, self.tokens)), self.kept)
         params = dict(self.model.init(rng, images, chosen)["params"])
         if self.teacher:
-            encoder = self.teacher.encoder
-            seen = jnp.zeros((1, *encoder.image_size, encoder.channels))
-            params["teacher"] = self.teacher.init(jax.random.fold_in(rng, 1), seen)["params"]
+            params["teacher"] = initial_params(self.teacher, jax.random.fold_in(rng, 1))
         return {"params": params}
 
     def seen(self, variables: Variables, images: jax.Array) -> Seen | None:

@@ -313,6 +313,12 @@ def see(tower: Tower, params: Any, images: jax.Array) -> Seen:
     return jax.lax.stop_gradient(Seen(tokens, projected, blocks, pooled, attention))
 
 
+def initial_params(tower: Tower, rng: jax.Array) -> Any:
+    """Random parameters of a tower."""
+    encoder = tower.encoder
+    return tower.init(rng, jnp.zeros((1, *encoder.image_size, encoder.channels)))["params"]
+
+
 def build_tower(settings: Any, compute_dtype: str, **blocks: Any) -> Tower:
     """The tower of `config.model.teacher`, see `tower_settings`.
 

@@ -141,6 +141,7 @@ def test_three_adamw_steps_match(path):
             b2=cfg["adamw"]["betas"][1],
             eps=cfg["adamw"]["eps"],
             weight_decay=cfg["adamw"]["weight_decay"],
+            decay_all=False,
         )
     )
     schedule = schedule_of(cfg, steps_per_epoch=1)

@@ -8,9 +8,11 @@ import pytest
 from mim_jax import config as configs
 from mim_jax.masking import Masking, enlarge_mask, random_masking
 from mim_jax.method import method_class, parameter_shapes
-from mim_jax.methods.conv_encoder import conv_encoder_of
 from mim_jax.methods.mae import MAE
 from mim_jax.methods.mr_mae import MRMAE, ends_of_quarters
+from mim_jax.methods.parts.encoders import (
+    conv_encoder_of,
+)
 from mim_jax.targets import whiten
 from mim_jax.training.tree import flatten, unflatten
 
