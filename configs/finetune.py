@@ -2,6 +2,7 @@
 
 import ml_collections
 
+from mim_jax.config import EMBEDDED_DATA
 from mim_jax.models.tower import CLIP
 
 VARIANTS = (
@@ -137,15 +138,7 @@ def get_config(variant: str = "vit_b16") -> ml_collections.ConfigDict:
             cutmix=0.0,
             erasing=0.0,
         )
-        config.data = dict(
-            source="embedded",
-            split="",
-            image_size=(28, 28),
-            channels=1,
-            mean=(0.2861,),
-            std=(0.3530,),
-            crop_area=(0.7, 1.0),
-        )
+        config.data = dict(EMBEDDED_DATA, split="", crop_area=(0.7, 1.0))
         config.batch_size = 128
         config.epochs = 20.0
         config.optimizer.base_lr = 2e-3

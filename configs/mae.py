@@ -2,6 +2,8 @@
 
 import ml_collections
 
+from mim_jax.config import EMBEDDED_DATA
+
 VARIANTS = ("vit_b16", "vit_l16", "vit_h14", "adapt", "tiny")
 """The paper's three sizes on ImageNet-1K, one that derives its settings from a folder of images,
 and one for a laptop on the embedded images."""
@@ -76,14 +78,7 @@ def get_config(variant: str = "vit_b16") -> ml_collections.ConfigDict:
             # Many patches of these small pictures are flat; normalized, they would be all noise.
             normalize_target=False,
         )
-        config.data = dict(
-            source="embedded",
-            image_size=(28, 28),
-            channels=1,
-            mean=(0.2861,),
-            std=(0.3530,),
-            crop_area=(0.5, 1.0),
-        )
+        config.data = dict(EMBEDDED_DATA)
         config.batch_size = 128
         config.epochs = 30.0
         config.optimizer.base_lr = 3e-3

@@ -2,6 +2,7 @@
 
 import ml_collections
 
+from mim_jax.config import EMBEDDED_DATA
 from mim_jax.models.tower import tower_settings
 
 VARIANTS = (
@@ -103,14 +104,7 @@ def get_config(variant: str = "vit_b16") -> ml_collections.ConfigDict:
             normalize_target=False,
             teacher=tower_settings("tiny", "tiny"),
         )
-        config.data = dict(
-            source="embedded",
-            image_size=(28, 28),
-            channels=1,
-            mean=(0.2861,),
-            std=(0.3530,),
-            crop_area=(0.5, 1.0),
-        )
+        config.data = dict(EMBEDDED_DATA)
         config.batch_size = 128
         config.epochs = 20.0
         config.optimizer.base_lr = 3e-3

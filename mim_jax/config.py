@@ -26,6 +26,16 @@ FREE_FIELDS = ("model", "optimizer.groups", "sharding.rules")
 CROPS = ("random_resized", "keep_ratio")
 """Training crops."""
 
+EMBEDDED_DATA: dict[str, Any] = dict(
+    source="embedded",
+    image_size=(28, 28),
+    channels=1,
+    mean=(0.2861,),
+    std=(0.3530,),
+    crop_area=(0.5, 1.0),
+)
+"""`config.data` of configs that train on the images of the package."""
+
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Types of matrix products."""
 
