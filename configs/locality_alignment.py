@@ -4,6 +4,7 @@ from typing import Any
 
 import ml_collections
 
+from mim_jax.config import EMBEDDED_DATA
 from mim_jax.models.tower import CLIP, HALF, IMAGENET, tower_settings
 
 # Tower, statistics of its images, and changes of its fields.
@@ -141,15 +142,7 @@ def get_config(variant: str = "clip_b16") -> ml_collections.ConfigDict:
     if variant == "tiny":
         config.model.teacher.path = "tiny"
         config.model.calibration_batches = 5
-        config.data = dict(
-            source="embedded",
-            image_size=(28, 28),
-            channels=1,
-            mean=(0.2861,),
-            std=(0.3530,),
-            crop="keep_ratio",
-            crop_area=(0.5, 1.0),
-        )
+        config.data = dict(EMBEDDED_DATA, crop="keep_ratio")
         config.batch_size = 128
         config.epochs = 15.0
         config.optimizer.lr = 1e-3

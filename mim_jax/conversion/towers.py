@@ -17,13 +17,13 @@ from mim_jax import config as configs
 from mim_jax.conversion.files import read_state_dict
 from mim_jax.conversion.formats import State
 from mim_jax.conversion.huggingface import read_arrays
+from mim_jax.layout.towers import NAMINGS, TEXT_NAMINGS, Naming, text_layout, tower_layout
 from mim_jax.method import method_class
 from mim_jax.models.positions import sincos_positions
 from mim_jax.models.text import TextTower
 from mim_jax.models.tower import FAMILIES, TOWERS, Tower, build_tower
 from mim_jax.models.transformer import Transformer, restacked
 from mim_jax.models.vit import VIT_SIZES, ViT
-from mim_jax.tower_layout import NAMINGS, TEXT_NAMINGS, Naming, text_layout, tower_layout
 from mim_jax.training.checkpoints import FOLDER, read_variables
 from mim_jax.training.tree import flatten
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from mim_jax import config as configs
 from mim_jax import layout, losses, masking, targets
+from mim_jax.layout.regressor import regressor_rules
 from mim_jax.method import (
     Aux,
     Batch,
@@ -36,7 +37,6 @@ from mim_jax.models.positions import resize_positions, sincos_positions
 from mim_jax.models.tower import Tower, build_tower, check_grid, initial_params, see
 from mim_jax.models.transformer import Transformer, layer_norm, restacked
 from mim_jax.models.vit import ViT
-from mim_jax.regressor_layout import regressor_rules
 
 TARGETS = ("tokens", "features", "pixels")
 """Ids of DALL-E's tokenizer (CAE), features of CLIP (CAE v2), or pixels, which are ours."""

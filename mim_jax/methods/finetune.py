@@ -17,8 +17,8 @@ import ml_collections
 import numpy as np
 
 from mim_jax import layout, losses
-from mim_jax.conv_layout import conv_vit_constants, conv_vit_rules
 from mim_jax.data.mixing import Mixing, random_erasing
+from mim_jax.layout.conv_vit import conv_vit_constants, conv_vit_rules
 from mim_jax.method import Aux, Batch, Features, Input, Method, Variables, register
 from mim_jax.methods.parts.encoders import (
     adopt_encoder,

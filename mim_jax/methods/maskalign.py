@@ -18,6 +18,7 @@ import numpy as np
 
 from mim_jax import config as configs
 from mim_jax import layout, losses, masking, targets
+from mim_jax.layout.towers import HUB_NAMINGS, tower_layout
 from mim_jax.method import (
     Aux,
     Batch,
@@ -37,7 +38,6 @@ from mim_jax.methods.parts.encoders import (
 from mim_jax.models.tower import Seen, Tower, build_tower, check_grid, initial_params, see
 from mim_jax.models.transformer import ACTIVATIONS, layer_norm, token_rows
 from mim_jax.models.vit import ViT
-from mim_jax.tower_layout import HUB_NAMINGS, tower_layout
 
 FUSIONS = ("simple", "linear", "sum")
 """No mixing of student layers; a square mixing that starts near the identity; any mixing."""

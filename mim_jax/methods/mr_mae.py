@@ -19,7 +19,8 @@ import numpy as np
 
 from mim_jax import config as configs
 from mim_jax import layout, losses, masking, targets
-from mim_jax.conv_layout import conv_vit_constants, conv_vit_rules
+from mim_jax.layout.conv_vit import conv_vit_constants, conv_vit_rules
+from mim_jax.layout.towers import HUB_NAMINGS, tower_layout
 from mim_jax.method import (
     Aux,
     Batch,
@@ -53,7 +54,6 @@ from mim_jax.models.masked_decoder import MaskedDecoder
 from mim_jax.models.tower import Seen, Tower, build_tower, check_grid, initial_params, see
 from mim_jax.models.transformer import LAYER_NORM_EPSILON
 from mim_jax.models.vit import ViT, adopted
-from mim_jax.tower_layout import HUB_NAMINGS, tower_layout
 
 CHOICES = {
     "encoder": ("vit", "conv_vit"),

@@ -17,9 +17,9 @@ from mim_jax import config as configs
 from mim_jax.conversion.files import write_state_dict
 from mim_jax.conversion.pretrained import load_pretrained
 from mim_jax.conversion.towers import read_tower, settings_of
+from mim_jax.layout.towers import tower_layout
 from mim_jax.method import Pretrained, method_class
 from mim_jax.models.tower import build_tower, see
-from mim_jax.tower_layout import tower_layout
 from mim_jax.training.checkpoints import Checkpoints, read_variables
 from mim_jax.training.derived import derive, open_fields
 from mim_jax.training.experiment import Experiment

@@ -16,9 +16,9 @@ import pytest
 from mim_jax.conversion.files import read_state_dict, write_state_dict
 from mim_jax.conversion.towers import PACKAGED, read_text_tower, read_tower, settings_of
 from mim_jax.data.embedded import read_embedded
+from mim_jax.layout.towers import text_layout, tower_layout
 from mim_jax.models.positions import sincos_positions
 from mim_jax.models.tower import TOWERS, build_tower, see, tower_settings
-from mim_jax.tower_layout import text_layout, tower_layout
 from mim_jax.training.tree import flatten, unflatten
 from tests.conversion.libraries import need_timm, need_transformers
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from mim_jax import config as configs
+from mim_jax.layout.towers import tower_layout
 from mim_jax.models.positions import resize_positions
 from mim_jax.models.tower import Tower, build_tower, see, tower_settings
-from mim_jax.tower_layout import tower_layout
 from tests.golden.cases import Case, assert_close, case_params, images_nhwc
 
 TEACHERS = {"maskalign": "clip_model.", "mr_mae": "teacher."}
