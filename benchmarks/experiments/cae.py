@@ -25,9 +25,10 @@ import numpy as np
 import optax
 from sklearn.cluster import MiniBatchKMeans
 
-from benchmarks.experiments import toy_task
+from benchmarks.experiments import toy_images, toy_task
 from benchmarks.experiments.maskalign import add_baselines
-from benchmarks.experiments.toy_task import Arm, Scores, Task, Trained, Workbench
+from benchmarks.experiments.toy_images import Task
+from benchmarks.experiments.toy_task import Arm, Scores, Trained, Workbench
 from mim_jax import losses, masking, targets
 from mim_jax.data.on_device import normalize
 from mim_jax.evaluation.attentive_probe import AttentiveHead
@@ -38,7 +39,7 @@ from mim_jax.models.masked_decoder import MaskedDecoder
 LR = 1.5e-3
 CODES = 64
 MASKED = 8
-FINETUNE_STEPS = 150
+FINETUNE_STEPS = 200
 
 MODEL = {
     "model.target": "tokens",
@@ -106,9 +107,9 @@ def with_codes(method: Method, centres: np.ndarray, seeing: bool = False) -> Met
     fields["tokenizer"] = None
     if seeing:
         parts = method.model
-        decoder = parts.decoder.transformer
+        blocks = parts.decoder.transformer
         # As many blocks as regressor and decoder have.
-        blocks = decoder.clone(depth=decoder.depth + parts.regressor.settings.depth)
+        blocks = blocks.clone(depth=blocks.depth + parts.regressor.settings.depth)
         decoder = MaskedDecoder(parts.encoder.grid, CODES, parts.regressor.width, blocks)
         fields["model"] = SeeingAutoencoder(
             parts.encoder, parts.regressor, parts.decoder, align=False, seeing=decoder
@@ -219,9 +220,8 @@ def scores_of(trained: Trained) -> Scores:
         (tokens["probe"], task.probe.labels), (tokens["test"], task.test.labels), trained.seed
     )
     few = len(task.few.images)
-    finetuned = toy_task.finetuned_accuracy(
-        trained, task, trained.seed, FINETUNE_STEPS, family="cae"
-    )
+    donor = (trained.method, trained.variables)
+    finetuned = toy_task.finetuned_accuracy(donor, task, trained.seed, FINETUNE_STEPS, family="cae")
     return {
         **toy_task.probe_scores(
             lambda x: tokens["probe" if x is task.probe else "test"].mean(axis=1), task
@@ -234,8 +234,8 @@ def scores_of(trained: Trained) -> Scores:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs everything and writes the result."""
-    options = toy_task.arguments("cae", __doc__, 600, arguments)
-    task, steps = toy_task.fashion(options.full), options.steps
+    options = toy_task.arguments("cae", __doc__, 500, arguments)
+    task, steps = toy_images.fashion(options.full), options.steps
     bench = Workbench("cae", task, options)
     centres = patch_centres(task)
     plain = functools.partial(with_codes, centres=centres)
@@ -245,12 +245,8 @@ def main(arguments: list[str] | None = None) -> int:
         return Arm("cae:tiny", {**MODEL, "model.align_weight": weight}, steps, method)
 
     tag = f"cae, {FINETUNE_STEPS}"
-    add_baselines(bench, options.teacher_steps)
-
-    def untrained(seed: int) -> Scores:
-        return scores_of(toy_task.Trainer(task, arm(plain, 2.0, 0)).train(seed))
-
-    bench.add("untrained CAE", [tag, "untrained"], untrained)
+    add_baselines(bench, options.teacher_steps // 2)
+    bench.add_arm("CAE, untrained", arm(plain, 2.0, 0), scores_of, tag)
     bench.add_arm("CAE", arm(plain, 2.0), scores_of, tag)
     bench.add_arm("CAE without alignment", arm(plain, 0.0), scores_of, tag)
     bench.add_arm("like MAE", arm(seeing, 0.0), scores_of, f"{tag}, seeing")

@@ -3,8 +3,9 @@
     python -m benchmarks.experiments.locality_alignment
 
 Scenes of 2 to 4 small objects. The teacher is a ViT that was only ever told which classes an image
-holds. It is trained on without labels, and its frozen tokens are probed for the class of every patch
-(local) and for those of the image (global); the score is the recall, averaged over the classes.
+holds. It is trained on without labels, and its frozen tokens are probed for the class of every
+patch (local) and for those of the image (global); the score is the recall, averaged over the
+classes.
 
  * the original; locality-aligned; the same number of steps with whole images alone (a control for
    more training); the MIM precursor;
@@ -25,8 +26,10 @@ import numpy as np
 import optax
 from sklearn.metrics import average_precision_score
 
-from benchmarks.experiments import toy_task
-from benchmarks.experiments.toy_task import Arm, Images, Scores, Task, Trained, Workbench
+from benchmarks.experiments import toy_images, toy_task
+from benchmarks.experiments.toy_images import Images, Task
+from benchmarks.experiments.toy_task import Arm, Scores, Trained, Workbench
+from mim_jax.data.on_device import normalize
 from mim_jax.evaluation.patch_probe import macro_recall, patch_global_recall, patch_local_recall
 from mim_jax.method import Method, Variables
 from mim_jax.methods.locality_alignment import LocalityAlignment
@@ -49,6 +52,7 @@ class WholeImages(LocalityAlignment):
 
 def whole_images(method: Method) -> Method:
     """The same method with whole images alone."""
+    assert isinstance(method, LocalityAlignment)
     return WholeImages(**{f.name: getattr(method, f.name) for f in dataclasses.fields(method)})
 
 
@@ -88,6 +92,28 @@ def pixel_scores(task: Task, seed: int) -> Scores:
 
     train, test = patches(task.probe.images), patches(task.test.images)
     return token_scores(train, test, task, seed, {"linear": EPOCHS["linear"]})
+
+
+def constant_losses(trained: Trained) -> Scores:
+    """Squared errors of predictions that know nothing of the image or the mask.
+
+    One value for all is what the scale of the targets is made for; one for every channel and token
+    is a harder baseline, since the channels differ in their means. Of other losses, nothing.
+    """
+    method = trained.method
+    assert isinstance(method, LocalityAlignment)
+    if method.loss_name != "mse":
+        return {}
+
+    @jax.jit
+    def errors(variables: Variables, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        images = normalize(images, toy_task.MEAN, toy_task.STD)
+        kept = method.masks(jax.random.key(1), len(images))
+        target = method.target(variables, images, kept)
+        return jnp.var(target), jnp.var(target, axis=0).mean()
+
+    one, each = errors(trained.variables, trained.task.test.images[:250])
+    return {"loss of one value": float(one), "loss of a value for each channel": float(each)}
 
 
 class PatchClassifier(nn.Module):
@@ -141,9 +167,10 @@ def supervised_recall(task: Task, encoder: ViT, steps: int, seed: int) -> Scores
 def main(arguments: list[str] | None = None) -> int:
     """Runs everything and writes the result."""
     options = toy_task.arguments("locality_alignment", __doc__, 300, arguments)
-    task = toy_task.scenes(options.full)
+    task = toy_images.scenes(options.full)
     bench = Workbench("locality_alignment", task, options)
     path, teacher, variables = bench.teacher(options.teacher_steps)
+    encoder = toy_task.encoder_of(teacher)
     logits = toy_task.predictions(teacher, variables, task.test)
     about_teacher = {
         "steps": options.teacher_steps,
@@ -166,7 +193,8 @@ def main(arguments: list[str] | None = None) -> int:
         return Arm("locality_alignment:tiny", {**shared, **fields}, steps)
 
     def score(trained: Trained) -> Scores:
-        return probe_scores(trained.method, trained.variables, trained.task, trained.seed)
+        probes = probe_scores(trained.method, trained.variables, trained.task, trained.seed)
+        return {**probes, **constant_losses(trained)}
 
     def original(seed: int) -> Scores:
         return probe_scores(teacher, variables, task, seed)
@@ -180,7 +208,8 @@ def main(arguments: list[str] | None = None) -> int:
     bench.add(
         "trained on the classes of patches",
         ["classes of patches", 2 * steps],
-        lambda seed: supervised_recall(task, teacher.model.encoder, 2 * steps, seed),
+        lambda seed: supervised_recall(task, encoder, 2 * steps, seed),
+        once=True,
     )
     bench.add("none: pixels of the patches", [*key, "pixels"], lambda s: pixel_scores(task, s))
     bench.add("untrained", [*key, "untrained"], untrained)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.experiments.mr_mae
 
-Fashion-MNIST; the teacher is a small ViT that was told six groups of the ten classes on other images.
-Equal numbers of steps on the same encoder:
+Fashion-MNIST; the teacher is a small ViT that was told six groups of the ten classes on other
+images. Equal numbers of steps on the same encoder:
 
  * MAE: pixels of hidden patches; MR-MAE: these, and features of visible ones;
  * features of hidden patches in place of pixels; features of visible patches alone;
@@ -26,16 +26,17 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from benchmarks.experiments import toy_task
+from benchmarks.experiments import toy_images, toy_task
 from benchmarks.experiments.maskalign import (
     FINETUNE_STEPS,
     LR,
     add_baselines,
+    add_teacher,
     scores_of,
-    teacher_scores,
 )
+from benchmarks.experiments.toy_images import Task
 from benchmarks.experiments.toy_task import Arm, Trained, Workbench
-from mim_jax import losses, masking
+from mim_jax import losses
 from mim_jax.data.on_device import denormalize, normalize
 from mim_jax.method import Aux, Batch, Method, Variables
 from mim_jax.methods.mr_mae import MRMAE
@@ -84,7 +85,7 @@ def features_at_hidden(method: Method) -> Method:
     return FeaturesAtHidden(**fields)
 
 
-def parameters(task: toy_task.Task, arm: Arm) -> int:
+def parameters(task: Task, arm: Arm) -> int:
     """Number of parameters of an arm's encoder."""
     state = jax.eval_shape(toy_task.Trainer(task, arm).initial, 0)
     return sum(x.size for x in jax.tree.leaves(tree.subtree(state.params, "encoder")))
@@ -105,11 +106,10 @@ def draw(trained: Trained, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs everything and writes the result."""
-    options = toy_task.arguments("mr_mae", __doc__, 400, arguments)
-    task, steps = toy_task.fashion(options.full), options.steps
+    options = toy_task.arguments("mr_mae", __doc__, 600, arguments)
+    task, steps = toy_images.fashion(options.full), options.steps
     bench = Workbench("mr_mae", task, options)
-    path, teacher, variables = bench.teacher(options.teacher_steps)
-    about_teacher = teacher_scores(bench, teacher, variables)
+    path, about_teacher = add_teacher(bench, options.teacher_steps)
     print(f"teacher: {about_teacher}", flush=True)
     tag = f"probes, {FINETUNE_STEPS}, teacher {options.teacher_steps}"
     shared = {**bench.tower(path), **DECODER, "optimizer.lr": LR}
@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
             draw(trained, picture)
         return scores_of(trained)
 
-    add_baselines(bench, options.teacher_steps)
+    add_baselines(bench, options.teacher_steps // 2)
     bench.add_arm("(i) MAE: pixels at hidden patches", arm(mimic_weight=0.0), scores_of, tag)
     bench.add_arm("(ii) MR-MAE: and features at visible ones", arm(), scores_and_picture, tag)
     hidden = arm(features_at_hidden)
@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
             "learning rate": LR,
             "fine-tuning steps": FINETUNE_STEPS,
             "parameters of the encoder": sizes,
-            "teacher": {"steps": options.teacher_steps, **about_teacher},
+            "teacher": about_teacher,
             "picture": picture.name,
         }
     )

@@ -1,4 +1,4 @@
-"""What the small experiments share: images, a teacher, the training of an arm, scores of encoders.
+"""What the small experiments share: a teacher, the training of an arm, scores of encoders.
 
 An arm is a config. It is trained by the project's own step on the same batches as every other arm
 of its seed, compiled once for all seeds. Scores are kept below a folder, so that a run that was cut
@@ -14,25 +14,26 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from benchmarks.experiments.toy_images import Images, Task
 from benchmarks.measure import RESULTS, Report, alternate, summary
 from mim_jax import config as configs
 from mim_jax.conversion.files import read_state_dict, write_state_dict
 from mim_jax.conversion.pretrained import load_pretrained
-from mim_jax.data import RandomResizedCrop, open_source, train_batches
-from mim_jax.data.sources import ArraySource
+from mim_jax.data import RandomResizedCrop, train_batches
 from mim_jax.evaluation.features import TOKENS, extract_features
 from mim_jax.evaluation.knn import knn_accuracy
 from mim_jax.evaluation.linear_probe import linear_accuracy
 from mim_jax.method import Method, Variables
 from mim_jax.methods.finetune import FineTune
 from mim_jax.models.tower import tower_settings
+from mim_jax.models.vit import ViT
 from mim_jax.training import tree
 from mim_jax.training.experiment import Experiment, training_crop
 from mim_jax.training.state import TrainState, init_state, state_from_variables
@@ -52,186 +53,28 @@ SIZES = {
     "model.heads": HEADS,
 }
 
-GROUPS = np.array([0, 1, 2, 3, 2, 4, 0, 4, 5, 4], np.int32)
-"""What the teacher is told of the ten classes: shirts, trousers, pullovers and coats, dresses, shoes
-and bags."""
-
 Scores = dict[str, float]
 
-
-class Images(NamedTuple):
-    """Images and what is known of them.
-
-    Attributes:
-        images: uint8 `[n, side, side, 1]`.
-        labels: int32 `[n]`, or int8 `[n, classes]` of 0 and 1.
-        patches: int32 `[n, tokens]`, the class of every patch; -1 for none. Empty if not known.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    patches: np.ndarray = np.zeros((0, 0), np.int32)
-
-    def part(self, first: int, last: int) -> "Images":
-        """Some of them."""
-        return Images(*(array[first:last] for array in self))
-
-    def source(self) -> ArraySource:
-        """The images alone."""
-        return ArraySource("toy images", self.images)
+FINETUNE_BATCH, FINETUNE_LR = 50, 3e-3
+TEACHER_SEED, TEACHER_LR = 7, 2e-3
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Task:
-    """Images for each purpose.
-
-    Attributes:
-        name: for messages and file names.
-        unlabelled: for pre-training.
-        few: labelled, for fine-tuning and the probe of few labels; the first of `probe`.
-        probe: labelled, for probes and k-NN.
-        test: what accuracies are measured on.
-        teaching: what the teacher is trained on; its labels are the teacher's.
-        classes: number of classes.
-        patch: side of a patch in pixels.
-        crop_area: of the training crops.
-        batch_size: of pre-training.
-    """
-
-    name: str
-    unlabelled: Images
-    few: Images
-    probe: Images
-    test: Images
-    teaching: Images
-    classes: int
-    patch: int
-    crop_area: tuple[float, float] = (0.5, 1.0)
-    batch_size: int = 64
-
-    @property
-    def side(self) -> int:
-        """Of the images in pixels."""
-        return int(self.test.images.shape[1])
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of an image."""
-        return self.side, self.side, 1
-
-    def config(self, name: str, changes: Mapping[str, Any] = {}) -> ml_collections.ConfigDict:
-        """A config for this task's images, all sizes set; `changes` are by dotted field name."""
-        own = {
-            "model.patch_size": (self.patch, self.patch),
-            "data.source": self.name,
-            "data.image_size": (self.side, self.side),
-            "data.channels": 1,
-            "data.mean": MEAN,
-            "data.std": STD,
-            "batch_size": self.batch_size,
-            "epochs": 1.0,
-        }
-        # A hybrid encoder has other fields, and Locality Alignment the sizes of its teacher.
-        known = configs.leaves(configs.load(name))
-        given = {field: value for field, value in {**SIZES, **own}.items() if field in known}
-        return configs.load(name, {**given, **changes})
-
-
-@functools.cache
-def fashion(full: bool = True) -> Task:
-    """Fashion-MNIST with an empty border, 32 x 32 pixels in 4 x 4 patches.
-
-    The full set, or the part that comes with the package. Half of it teaches the teacher, which is
-    told six groups of classes; the other half is there for all else.
-    """
-    name = "fashion_mnist" if full else "embedded"
-    train, test = (_padded(open_source(name, split)) for split in ("train", "test"))
-    few, probe, teaching = (500, 3000, 30_000) if full else (100, 400, 2000)
-    told = train.part(teaching, len(train.images))
-    return Task(
-        name,
-        unlabelled=train.part(probe, teaching),
-        few=train.part(0, few),
-        probe=train.part(0, probe),
-        test=test.part(0, 2000),
-        teaching=Images(told.images, GROUPS[told.labels]),
-        classes=10,
-        patch=8,
-    )
-
-
-def _padded(source: Any) -> Images:
-    rows = [source[i] for i in range(len(source))]
-    images = np.stack([row["image"] for row in rows])
-    labels = np.array([row["label"] for row in rows], np.int32)
-    return Images(np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0))), labels)
-
-
-SCENE_CLASSES = (0, 1, 3, 5, 8, 9)
-"""T-shirt, trousers, dress, sandal, bag and ankle boot: what the scenes are made of."""
-
-CELL, CELLS, PATCH = 16, 3, 8
-"""Pixels of a cell; cells along a side; pixels of a patch."""
-
-
-@functools.cache
-def scenes(full: bool = True) -> Task:
-    """Scenes of 2 to 4 objects of 6 classes, 48 x 48 pixels in 6 x 6 patches, see `draw_scenes`."""
-    name = "fashion_mnist" if full else "embedded"
-    sizes = (8000, 1500, 1500, 12_000) if full else (200, 60, 60, 200)
-    unlabelled, probe, test, teaching = sizes
-    objects = [_padded(open_source(name, split)) for split in ("train", "test")]
-    return Task(
-        "scenes" if full else "scenes_embedded",
-        unlabelled=draw_scenes(objects[0], unlabelled, 1),
-        few=draw_scenes(objects[0], probe, 3).part(0, 500),
-        probe=draw_scenes(objects[0], probe, 3),
-        test=draw_scenes(objects[1], test, 4),
-        teaching=draw_scenes(objects[0], teaching, 5),
-        classes=len(SCENE_CLASSES),
-        patch=PATCH,
-    )
-
-
-def draw_scenes(objects: Images, count: int, seed: int) -> Images:
-    """Scenes with the classes of images (several) and of patches.
-
-    Small objects lie in some cells of a 3 x 3 grid, moved and dimmed at random, on a noisy ground
-    with bright lines across. A patch has the class of an object that fills a quarter of it or more,
-    the class after the last if no object touches it, and else none.
-    """
-    random = np.random.default_rng(seed)
-    side, cells = CELL * CELLS, CELLS * CELLS
-    pools = [np.flatnonzero(objects.labels == label) for label in SCENE_CLASSES]
-    images = random.normal(random.uniform(5, 40, (count, 1, 1)), 10, (count, side, side))
-    labels = np.zeros((count, len(SCENE_CLASSES)), np.int8)
-    owner = np.full((count, side, side), -1, np.int8)
-    steps = np.arange(4 * side) / (4 * side)
-    for i in range(count):
-        for _ in range(3):
-            (a, b), (c, d) = random.uniform(0, side, (2, 2))
-            rows, columns = (a + (c - a) * steps).astype(int), (b + (d - b) * steps).astype(int)
-            images[i, rows, columns] = random.uniform(60, 200)
-        for cell in random.permutation(cells)[: random.integers(2, 5)]:
-            label = random.integers(len(SCENE_CLASSES))
-            picture = objects.images[random.choice(pools[label]), 2:-2, 2:-2, 0].astype(float)
-            small = picture.reshape(14, 2, 14, 2).mean(axis=(1, 3))
-            top, left = CELL * np.array(divmod(int(cell), CELLS)) + random.integers(0, 3, 2)
-            place = (i, slice(top, top + 14), slice(left, left + 14))
-            images[place] = np.where(small > 20, small * random.uniform(0.6, 1), images[place])
-            owner[place] = np.where(small > 20, label, -1)
-            labels[i, label] = 1
-    return Images(np.uint8(np.clip(images, 0, 255))[..., None], labels, _patch_classes(owner))
-
-
-def _patch_classes(owner: np.ndarray) -> np.ndarray:
-    """Classes of patches `[n, tokens]` from those of pixels `[n, side, side]`, -1 for none."""
-    grid = owner.shape[1] // PATCH
-    cut = owner.reshape(-1, grid, PATCH, grid, PATCH).swapaxes(2, 3)
-    cut = cut.reshape(len(owner), grid * grid, PATCH * PATCH)
-    shares = np.stack([(cut == k).mean(axis=2) for k in range(len(SCENE_CLASSES))], axis=2)
-    classes = np.where(shares.max(axis=2) >= 0.25, shares.argmax(axis=2), -1)
-    return np.where(shares.sum(axis=2) == 0, len(SCENE_CLASSES), classes).astype(np.int32)
+def config_of(task: Task, name: str, changes: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """A config for a task's images, all sizes set; `changes` are by dotted field name."""
+    own = {
+        "model.patch_size": (task.patch, task.patch),
+        "data.source": task.name,
+        "data.image_size": (task.side, task.side),
+        "data.channels": 1,
+        "data.mean": MEAN,
+        "data.std": STD,
+        "batch_size": task.batch_size,
+        "epochs": 1.0,
+    }
+    # A hybrid encoder has other fields, and Locality Alignment the sizes of its teacher.
+    known = configs.leaves(configs.load(name))
+    given = {field: value for field, value in {**SIZES, **own}.items() if field in known}
+    return configs.load(name, {**given, **changes})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,7 +127,7 @@ class Trained:
 
 def experiment_of(task: Task, arm: Arm) -> Experiment:
     """The experiment of an arm; its seed is given to the step later."""
-    config = task.config(arm.config, arm.changes)
+    config = config_of(task, arm.config, arm.changes)
     steps = max(arm.steps, 20)
     config.update(steps=steps)
     examples = len(task.unlabelled.images)
@@ -351,7 +194,7 @@ class Trainer:
         state, tail, watched = self.start(seed), [], {}
         for number, batch in zip(range(self.arm.steps), self.batches(seed)):
             state, metrics = self._step(state, batch, seed)
-            if number >= self.arm.steps * 0.9:
+            if number >= int(self.arm.steps * 0.9):
                 tail.append(metrics)
             if self.arm.watch is not None and (number + 1) % self.arm.watch_every == 0:
                 now = Trained(self.task, self.experiment, state.variables, {}, seed)
@@ -411,7 +254,7 @@ def pixel_scores(task: Task) -> Scores:
 
 @functools.cache
 def classifier(
-    task: Task, classes: int, pool: str, family: str, multi: bool, steps: int, extra: tuple = ()
+    task: Task, classes: int, pool: str, family: str, multi: bool, steps: int, lr: float
 ) -> tuple[FineTune, Callable, Callable, Any]:
     """A classifier of the encoder's size, its initial state, its step, and its optimizer."""
     changes = {
@@ -423,14 +266,12 @@ def classifier(
         "model.smoothing": 0.0,
         "batch_size": FINETUNE_BATCH,
         "steps": steps,
-        "optimizer.lr": FINETUNE_LR,
+        "optimizer.lr": lr,
         "schedule.warmup_epochs": 0.1 * steps,
         "schedule.min_lr": 0.0,
     }
-    config = task.config("finetune:tiny", changes)
+    config = config_of(task, "finetune:tiny", changes)
     config.update(steps=steps)
-    for name, value in extra:
-        configs.override(config, {name: value})
     experiment = Experiment.build(config, FINETUNE_BATCH, jax.devices()[:1])
     method = experiment.method
     assert isinstance(method, FineTune)
@@ -450,9 +291,6 @@ def classifier(
     return method, initial, step, experiment.optimizer
 
 
-FINETUNE_BATCH, FINETUNE_LR = 50, 1e-3
-
-
 def train_classifier(
     task: Task,
     data: Images,
@@ -463,12 +301,12 @@ def train_classifier(
     classes: int = 0,
     pool: str = "mean",
     family: str = "mae",
-    extra: tuple = (),
+    lr: float = FINETUNE_LR,
 ) -> tuple[FineTune, Variables]:
     """A classifier after training on labelled images, from a donor's encoder or from scratch."""
     multi = data.labels.ndim == 2
     method, initial, step, optimizer = classifier(
-        task, classes or task.classes, pool, family, multi, steps, extra
+        task, classes or task.classes, pool, family, multi, steps, lr
     )
     variables = dict(initial(seed))
     if donor is not None:
@@ -509,10 +347,9 @@ def predictions(method: FineTune, variables: Variables, images: Images) -> np.nd
 
 
 def finetuned_accuracy(
-    trained: Trained | None, task: Task, seed: int, steps: int, family: str = "mae"
+    donor: tuple[Method, Variables], task: Task, seed: int, steps: int, family: str = "mae"
 ) -> float:
-    """Test accuracy after fine-tuning on the few labels; of None, after training from scratch."""
-    donor = None if trained is None else (trained.method, trained.variables)
+    """Test accuracy after fine-tuning the encoder of a method on the few labels."""
     method, variables = train_classifier(task, task.few, steps, seed, donor=donor, family=family)
     guess = predictions(method, variables, task.test).argmax(axis=1)
     return float(np.mean(guess == task.test.labels))
@@ -523,6 +360,12 @@ def supervised_accuracy(task: Task, seed: int, steps: int) -> float:
     method, variables = train_classifier(task, task.unlabelled, steps, seed)
     guess = predictions(method, variables, task.test).argmax(axis=1)
     return float(np.mean(guess == task.test.labels))
+
+
+def encoder_of(method: Method) -> ViT:
+    """The ViT of a method that has one."""
+    assert method.encoder is not None
+    return method.encoder
 
 
 class Workbench:
@@ -557,9 +400,18 @@ class Workbench:
         path.write_text(json.dumps({"key": text, "value": value}))
         return value
 
-    def add(self, row: str, key: Sequence[Any], make: Callable[[int], Scores]) -> None:
-        """Scores of a row of the table for every seed; the key says what they depend on."""
-        for seed in self.seeds:
+    def add(
+        self, row: str, key: Sequence[Any], make: Callable[[int], Scores], *, once: bool = False
+    ) -> None:
+        """Scores of a row of the table for every seed, or for the first one alone.
+
+        Args:
+            row: what it is called.
+            key: what the scores depend on beside the seed.
+            make: gives them for a seed.
+            once: take the first seed alone.
+        """
+        for seed in self.seeds[:1] if once else self.seeds:
             started = time.monotonic()
             scores = self.once([*key, seed], functools.partial(make, seed))
             seconds = time.monotonic() - started
@@ -584,10 +436,10 @@ class Workbench:
             trained = trainer().train(seed)
             return {**score(trained), **trained.metrics}
 
-        config = self.task.config(arm.config, arm.changes).to_json_best_effort()
+        config = config_of(self.task, arm.config, arm.changes).to_json_best_effort()
         self.add(row, [config, arm.steps, tag], scores)
 
-    def teacher(self, steps: int, extra: tuple = ()) -> tuple[str, FineTune, Variables]:
+    def teacher(self, steps: int) -> tuple[str, FineTune, Variables]:
         """A small supervised ViT: the file of its weights, its method and its variables.
 
         Its class token is classified, as in the towers that methods expect.
@@ -595,12 +447,13 @@ class Workbench:
         task, told = self.task, self.task.teaching
         path = self.folder / f"teacher_{steps}.safetensors"
         classes = told.labels.shape[1] if told.labels.ndim == 2 else int(told.labels.max()) + 1
-        method, *_ = classifier(task, classes, "cls", "vit", told.labels.ndim == 2, steps, extra)
+        multi = told.labels.ndim == 2
+        kind: dict[str, Any] = {"pool": "cls", "family": "vit", "lr": TEACHER_LR}
+        method, *_ = classifier(task, classes, multi=multi, steps=steps, **kind)
         if not path.is_file():
             _, variables = train_classifier(
-                task, told, steps, TEACHER_SEED, classes=classes, pool="cls", family="vit",
-                extra=extra,
-            )  # fmt: skip
+                task, told, steps, TEACHER_SEED, classes=classes, **kind
+            )
             layout = method.layout()
             write_state_dict(path, layout.save(jax.tree.map(np.asarray, variables["params"])))
         like = {"image": jnp.zeros((1, *task.shape))}
@@ -667,9 +520,6 @@ def step_times(task: Task, arms: dict[str, Arm], rounds: int) -> dict[str, Any]:
     return {name: summary([1000 * value for value in values]) for name, values in seconds.items()}
 
 
-TEACHER_SEED = 7
-
-
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Mean and half the range, beside the values themselves."""
     return {
@@ -687,7 +537,7 @@ def arguments(
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=steps, help="optimizer steps of every arm")
-    parser.add_argument("--teacher-steps", type=int, default=1500)
+    parser.add_argument("--teacher-steps", type=int, default=3000)
     parser.add_argument(
         "--full",
         action=argparse.BooleanOptionalAction,

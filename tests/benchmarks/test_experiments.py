@@ -1,12 +1,19 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.experiments import cae, dmjd, locality_alignment, maskalign, mr_mae, toy_task
-from mim_jax.models.tower import TOWERS
+from benchmarks.experiments import (
+    cae,
+    dmjd,
+    locality_alignment,
+    maskalign,
+    mr_mae,
+    toy_images,
+    toy_task,
+)
+from mim_jax.training import tree
 
 SIZES = {"WIDTH": 16, "DEPTH": 2, "HEADS": 2}
 
@@ -40,16 +47,16 @@ def arms_of(experiment, monkeypatch, tmp_path):
     monkeypatch.setattr(toy_task, "step_times", lambda *_: {})
     monkeypatch.setattr(mr_mae, "parameters", lambda *_: 0)
     for module in (maskalign, mr_mae):
-        monkeypatch.setattr(module, "teacher_scores", lambda *_: {})
-    if experiment is locality_alignment:
-        monkeypatch.setattr(toy_task, "predictions", lambda m, v, x: x.labels - 0.5)
+        monkeypatch.setattr(module, "add_teacher", lambda *_: ("a file", {}))
+    monkeypatch.setattr(toy_task, "encoder_of", lambda _: None)
+    monkeypatch.setattr(toy_task, "predictions", lambda method, variables, x: x.labels - 0.5)
     path = tmp_path / "result.json"
     experiment.main(["--no-full", "--workdir", str(tmp_path), "--output", str(path)])
     assert json.loads(path.read_text())["claim"]
     return found
 
 
-ROWS = {cae: 3, dmjd: 5, locality_alignment: 6, maskalign: 7, mr_mae: 6}
+ROWS = {cae: 5, dmjd: 6, locality_alignment: 6, maskalign: 8, mr_mae: 7}
 
 
 @pytest.mark.parametrize("experiment", ROWS, ids=lambda module: module.__name__.split(".")[-1])
@@ -65,5 +72,65 @@ def test_every_arm_has_a_step_of_its_own_that_trains_its_encoder(experiment, mon
         new, metrics = program.out_avals[: len(jax.tree.leaves(state))], program.out_avals
         assert [x.shape for x in new] == [x.shape for x in jax.tree.leaves(state)], row
         assert len(metrics) > len(new), row
-        programs.add(str(program) + str(arm.changes))
+        programs.add(str(program) + str(arm.changes) + str(arm.steps))
     assert len(programs) == len(arms)
+
+
+def workbench(tmp_path):
+    arguments = ["--no-full", "--workdir", str(tmp_path), "--output", str(tmp_path / "x.json")]
+    options = toy_task.arguments("maskalign", "A test.", 3, arguments)
+    return toy_task.Workbench("maskalign", toy_images.fashion(full=False), options)
+
+
+def test_an_arm_trains_its_student_and_leaves_the_teacher_of_the_file_alone(tmp_path):
+    bench = workbench(tmp_path)
+    path, _, variables = bench.teacher(2)
+    arm = toy_task.Arm("maskalign:tiny", {**bench.tower(path), "model.loss_weights": "top1"}, 3)
+    trainer = toy_task.Trainer(bench.task, arm)
+    before, after = tree.flatten(trainer.start(5).params), trainer.train(5)
+    params = tree.flatten(after.variables["params"])
+    for name, value in tree.flatten(variables["params"]).items():
+        if name.startswith("encoder/"):
+            np.testing.assert_allclose(params[f"teacher/{name}"], value, atol=1e-6)
+    moved = {name for name in params if np.any(np.asarray(params[name]) != before[name])}
+    assert any(name.startswith("encoder/transformer/blocks_0/") for name in moved)
+    assert not any(name.startswith("teacher/") for name in moved)
+    assert np.isfinite(after.metrics["loss"])
+    scores = toy_task.encoder_scores(after)
+    assert len(scores) == 3
+    assert all(0.1 < score < 1 for score in scores.values()), scores
+
+
+def test_scores_are_made_once_and_kept(tmp_path):
+    calls = []
+
+    def make(seed):
+        calls.append(seed)
+        return {"score": seed / 10}
+
+    for _ in range(2):
+        bench = workbench(tmp_path)
+        bench.add("row", ["key"], make)
+    assert calls == [0, 1, 2]
+    assert bench.rows == {"row": {"score": [0.0, 0.1, 0.2]}}
+
+
+def test_patches_of_a_scene_have_the_classes_of_the_image():
+    task = toy_images.scenes(full=False)
+    classes = len(toy_images.SCENE_CLASSES)
+    for labels, patches in zip(task.test.labels, task.test.patches):
+        seen = set(patches.tolist()) - {-1, classes}
+        assert seen <= set(np.flatnonzero(labels))
+        assert 1 <= labels.sum() <= 4
+    ground = task.test.patches == classes
+    assert 0.5 < ground.mean() < 0.8
+
+
+def test_objects_brighten_the_patches_that_have_their_class():
+    task = toy_images.scenes(full=False)
+    side = task.side // task.patch
+    cut = task.test.images.reshape(-1, side, task.patch, side, task.patch).mean(axis=(2, 4))
+    brightness, patches = cut.reshape(len(cut), -1), task.test.patches
+    classes = len(toy_images.SCENE_CLASSES)
+    objects = brightness[(patches >= 0) & (patches < classes)]
+    assert objects.mean() > 2 * brightness[patches == classes].mean()
