@@ -147,9 +147,10 @@ def disjoint_masking(
         block_grid: blocks along height and width, if units are blocks; see `block_tokens`.
 
     Returns:
-        A masking of `2 * batch` samples: the first view of all images, then the second of all.
-        Tokens of blocks are in the order of the official code: top left ones of all visible
-        blocks, top right, bottom left, bottom right; then those of the masked blocks.
+        A masking of `batch * 2` samples: both views of the first image, then both of the second,
+        and so on, so that a batch can be sharded over devices. Tokens of blocks are in the order
+        of the official code: top left ones of all visible blocks, top right, bottom left, bottom
+        right; then those of the masked blocks.
     """
     kept = visible_order.shape[0]
     first = jnp.argsort(noise, axis=1)
@@ -158,7 +159,7 @@ def disjoint_masking(
     second = jnp.concatenate(
         [shown[:, swapped:], hidden[:, masked:], shown[:, :swapped], hidden[:, :masked]], axis=1
     )
-    order = jnp.concatenate([first, second])  # [2B, units]
+    order = jnp.stack([first, second], axis=1).reshape(-1, noise.shape[1])  # [B * 2, units]
     if block_grid is None:
         return masking_of_order(order, kept)
     parts = [block_tokens(part, block_grid) for part in (order[:, :kept], order[:, kept:])]
@@ -413,6 +414,11 @@ def mask_triples(
     if null:
         rows.append(jnp.full_like(kept, null_value))
     return jnp.stack(rows, axis=1).reshape(-1, kept.shape[1])
+
+
+def for_views(x: jax.Array, views: int) -> jax.Array:
+    """Each row once for every view of its image: `[batch, ...]` -> `[batch * views, ...]`."""
+    return x if views == 1 else jnp.repeat(x, views, axis=0)
 
 
 def gather_tokens(tokens: jax.Array, ids: jax.Array) -> jax.Array:

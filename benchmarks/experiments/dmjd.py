@@ -20,7 +20,6 @@ import sys
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.experiments import toy_images, toy_task
@@ -42,7 +41,7 @@ class IndependentModel(JointDistillation):
 
     def __call__(self, images: jax.Array, chosen: masking.Masking) -> JointPrediction:
         """Predicts `views` views of each image."""
-        images = jnp.tile(images, (self.views, 1, 1, 1))
+        images = masking.for_views(images, self.views)
         latent, _ = self.encoder(images, chosen.keep_ids)
         visible = self.head(latent[:, self.encoder.prefix_tokens :])
         return JointPrediction(latent, self.decoder(latent, chosen.restore_ids), visible)
@@ -67,7 +66,7 @@ class IndependentViews(DMJD):
         self, prediction: JointPrediction, target: jax.Array, chosen: masking.Masking
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss on masked tokens."""
-        error = ERRORS[self.masked_loss](prediction.masked, jnp.tile(target, (self.views, 1, 1)))
+        error = ERRORS[self.masked_loss](prediction.masked, masking.for_views(target, self.views))
         loss_mim = losses.masked_mean(error, chosen.mask)
         return loss_mim, {"loss_mim": loss_mim}
 
@@ -84,8 +83,8 @@ def independent(method: Method, views: int) -> Method:
 def predicted_share(method: DMJD, images: int = 256) -> float:
     """Share of tokens that are masked in at least one view, over some draws."""
     masks = method.choose(jax.random.key(0), images).mask
-    views = masks.reshape(-1, images, masks.shape[1])
-    return float(views.max(axis=0).mean())
+    views = masks.reshape(images, -1, masks.shape[1])
+    return float(views.max(axis=1).mean())
 
 
 @functools.cache
@@ -100,7 +99,7 @@ def _held_out(method: DMJD) -> Any:
         noise = jax.random.uniform(jax.random.key(5), (2 * len(images), units))
         chosen = masking.random_masking(noise[: views * len(images)], kept)
         prediction = method.predict(variables, images, chosen)
-        target = jnp.tile(method.target(variables, images), (views, 1, 1))
+        target = masking.for_views(method.target(variables, images), views)
         return losses.masked_mean(ERRORS["l2"](prediction.masked, target), chosen.mask)
 
     return loss

@@ -68,12 +68,12 @@ CHOICES = {
 
 
 class JointPrediction(NamedTuple):
-    """What one forward pass computes for both views of a batch, view 1 of all images first.
+    """What one forward pass computes for both views of a batch; those of an image lie together.
 
     Attributes:
-        latent: `[2 * batch, prefix + kept, width]`, normalized encoder output.
-        masked: `[2 * batch, tokens, values]`, predicted from the other tokens.
-        visible: `[2 * batch, kept, values]`, predicted from each visible token itself, in the
+        latent: `[batch * 2, prefix + kept, width]`, normalized encoder output.
+        masked: `[batch * 2, tokens, values]`, predicted from the other tokens.
+        visible: `[batch * 2, kept, values]`, predicted from each visible token itself, in the
             order of `keep_ids`.
     """
 
@@ -128,10 +128,10 @@ class JointDistillation(nn.Module):
 
         Args:
             images: normalized.
-            chosen: masking of `2 * batch` samples, see `masking.disjoint_masking`.
+            chosen: masking of `batch * 2` samples, see `masking.disjoint_masking`.
         """
         if isinstance(self.encoder, ViT):
-            images = jnp.concatenate([images, images])
+            images = masking.for_views(images, 2)
         latent, _ = self.encoder(images, chosen.keep_ids)
         visible = self.head(latent[:, self.encoder.prefix_tokens :])
         return JointPrediction(latent, self.decoder(latent, chosen.restore_ids), visible)
@@ -272,7 +272,7 @@ class DMJD(Method):
         return {"params": params}
 
     def choose(self, rng: jax.Array, batch: int) -> masking.Masking:
-        """Draws the masks of both views: `2 * batch` samples."""
+        """Draws the masks of both views: `batch * 2` samples."""
         units, kept, swapped = self.counts
         noise, visible, masked = jax.random.split(rng, 3)
         return masking.disjoint_masking(
@@ -319,11 +319,11 @@ class DMJD(Method):
             target: `[batch, tokens, values]`, the same for both.
             chosen: the masking of both views.
         """
-        target = jnp.concatenate([target, target])
-        error = ERRORS[self.masked_loss](prediction.masked, target)  # [2B, L]
+        target = masking.for_views(target, 2)
+        error = ERRORS[self.masked_loss](prediction.masked, target)  # [B * 2, L]
         loss_mim = losses.masked_mean(error, chosen.mask)
         order = chosen.keep_ids if self.aligned else jnp.sort(chosen.keep_ids, axis=1)
-        seen = masking.gather_tokens(target, order)  # [2B, K, values]
+        seen = masking.gather_tokens(target, order)  # [B * 2, K, values]
         loss_vis = jnp.mean(ERRORS[self.visible_loss](prediction.visible, seen))
         return loss_mim + self.theta * loss_vis, {"loss_mim": loss_mim, "loss_vis": loss_vis}
 

@@ -136,7 +136,7 @@ class MimicAutoencoder(nn.Module):
             chosen: a masking of `batch * views` samples.
         """
         prefix = self.encoder.prefix_tokens
-        images = _for_views(images, len(chosen.keep_ids) // len(images))
+        images = masking.for_views(images, len(chosen.keep_ids) // len(images))
         latent, blocks = self.encoder(images, chosen.keep_ids)
         mimic = pred = None
         if self.mimic_head is not None:
@@ -340,12 +340,14 @@ class MRMAE(Method):
         """The loss, and its terms by name: pixels of removed, features of visible patches."""
         terms, total = {}, jnp.float32(0)
         if output.pred is not None:
-            error = losses.squared_error(output.pred, _for_views(self.target(images), self.views))
+            error = losses.squared_error(
+                output.pred, masking.for_views(self.target(images), self.views)
+            )
             terms["loss_rec"] = losses.masked_mean(error, chosen.mask)
             total += terms["loss_rec"]
         if output.mimic is not None:
             assert seen is not None
-            features = _for_views(self.mimic_target(seen), self.views)
+            features = masking.for_views(self.mimic_target(seen), self.views)
             features = masking.gather_tokens(features, chosen.keep_ids)  # [B * V, K, C]
             terms["loss_mimic"] = jnp.mean(losses.squared_error(output.mimic, features))
             total += self.mimic_weight * terms["loss_mimic"]
@@ -505,8 +507,3 @@ def _check_teacher(teacher: Tower, output: str, focused: bool) -> None:
             "model.mask_type is 'attention', but the teacher has no class token to attend; take "
             "'random'."
         )
-
-
-def _for_views(x: jax.Array, views: int) -> jax.Array:
-    """Every row of `x` once for each view."""
-    return x if views == 1 else jnp.repeat(x, views, axis=0)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mim_jax.masking import enlarge_mask, gather_tokens, restore_tokens, token_grid
+from mim_jax.masking import enlarge_mask, for_views, gather_tokens, restore_tokens, token_grid
 from mim_jax.models.positions import resize_positions, sincos_positions
 from mim_jax.models.transformer import (
     ACTIVATIONS,
@@ -369,13 +369,13 @@ class ConvViT(nn.Module):
 
         Args:
             images: `[batch, height, width, channels]`, normalized.
-            keep_ids: int32 `[views * batch, kept]`, positions of visible patches: the first view
-                of all images, then the second of all, and so on.
-            drop_path_noise: uniform in [0, 1), `[depth, 2, views * batch]`; None keeps every
+            keep_ids: int32 `[batch * views, kept]`, positions of visible patches: all views of the
+                first image, then all of the second, and so on.
+            drop_path_noise: uniform in [0, 1), `[depth, 2, batch * views]`; None keeps every
                 branch.
 
         Returns:
-            The tokens `[views * batch, prefix_tokens + kept, width]` (class token, patches),
+            The tokens `[batch * views, prefix_tokens + kept, width]` (class token, patches),
             normalized if `final_norm`, and the outputs of all blocks of the third stage before
             fusion and norm, see `Transformer`.
 
@@ -393,7 +393,7 @@ class ConvViT(nn.Module):
         skips = visible is not None and self.removed == "skipped"
         x = images.astype(dtype)
         if visible is not None and skips:
-            x = visible.pick(_repeated(x, views))  # [V * B, K, patch, patch, channels]
+            x = visible.pick(for_views(x, views))  # [B * V, K, patch, patch, channels]
         scales = None
         if noise is not None and blocks.drop_path:
             scales = drop_path_scales(noise, blocks.drop_path)[..., 0, 0].astype(dtype)
@@ -406,7 +406,7 @@ class ConvViT(nn.Module):
             width, ratio = self.widths[stage - 1], self.mlp_ratios[stage - 1]
             x = ConvEmbed(width, size, dtype=dtype, name=f"{name}_embed")(x)
             if stage == 1 and not skips:
-                x = _repeated(x, views)
+                x = for_views(x, views)
             seen = None if self.removed == "seen" else visible
             for i in range(self.depths[stage - 1]):
                 pair = None if scales is None else (scales[done, 0], scales[done, 1])
@@ -416,9 +416,9 @@ class ConvViT(nn.Module):
             if self.fusion:
                 rest = math.prod(self.patch_sizes[stage:])
                 fuse = StridedConv(self.width, rest, dtype=dtype, name=f"{name}_fusion")
-                fused.append(fuse(x).reshape(views * batch, -1, self.width))
+                fused.append(fuse(x).reshape(batch * views, -1, self.width))
         x = ConvEmbed(self.width, self.patch_sizes[2], True, dtype, name="stage3_embed")(x)
-        tokens = x.reshape(views * batch, -1, self.width)
+        tokens = x.reshape(batch * views, -1, self.width)
         xavier = nn.initializers.xavier_uniform()
         embed = nn.Dense(self.width, kernel_init=xavier, dtype=dtype, name="token_embed")
         tokens = embed(token_rows(tokens)).reshape(tokens.shape)
@@ -429,14 +429,14 @@ class ConvViT(nn.Module):
         if keep_ids is None:
             tokens += positions
         else:
-            positions = jnp.broadcast_to(positions, (views * batch, *positions.shape))
+            positions = jnp.broadcast_to(positions, (batch * views, *positions.shape))
             if not skips:
                 tokens = gather_tokens(tokens, keep_ids)
                 fused = [gather_tokens(x, keep_ids) for x in fused]
             tokens += gather_tokens(positions, keep_ids)
         if self.class_token:
             cls_token = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
-            first = jnp.broadcast_to(cls_token.astype(dtype), (views * batch, 1, self.width))
+            first = jnp.broadcast_to(cls_token.astype(dtype), (batch * views, 1, self.width))
             tokens = jnp.concatenate([first, tokens], axis=1)
         tokens, outputs = blocks(tokens, noise)
         for x in fused:
@@ -528,8 +528,3 @@ def adopted(
         table = given.get(name, donor.position_table())
         return resize_positions(np.asarray(table), donor.grid, receiver.grid)
     return restacked(name, given, donor.transformer, receiver.transformer)
-
-
-def _repeated(x: jax.Array, views: int) -> jax.Array:
-    """All of `x` once for each view, one view after the other."""
-    return x if views == 1 else jnp.tile(x, (views, *(1,) * (x.ndim - 1)))

@@ -53,6 +53,12 @@ class Case:
         return json.loads(str(self.arrays[key]))
 
 
+def mask_major(rows, views: int) -> np.ndarray:
+    """Rows of one image after the other in the official order: one view after the other."""
+    rows = np.asarray(rows)
+    return rows.reshape(-1, views, *rows.shape[1:]).swapaxes(0, 1).reshape(rows.shape)
+
+
 def assert_close(ours, golden: np.ndarray, name: str, relative: float = 1e-4) -> None:
     """Equal to 1e-4 relative plus 1e-5 absolute, as the golden files ask."""
     np.testing.assert_allclose(

@@ -19,6 +19,7 @@ from tests.golden.cases import (
     assert_gradient_close,
     case_params,
     images_nhwc,
+    mask_major,
 )
 from tests.golden.test_mae import pair
 
@@ -142,12 +143,6 @@ def computed(path, **changes):
         params, method, images, jnp.asarray(case["draw/noise"])
     )
     return method, params, loss, rest, jax.device_get(gradient)
-
-
-def mask_major(rows, views: int) -> np.ndarray:
-    """Rows of one image after the other in the official order: one view after the other."""
-    rows = np.asarray(rows)
-    return rows.reshape(-1, views, *rows.shape[1:]).swapaxes(0, 1).reshape(rows.shape)
 
 
 def check_gradients(method: MRMAE, gradient, case: Case) -> None:
