@@ -29,11 +29,14 @@ from mim_jax.data.decode import UnreadableImage, check_bits, check_channels, cho
 from mim_jax.data.folder_index import (
     IMAGE_SUFFIXES,
     FolderIndex,
+    image_folders,
     index_folder,
     list_folder,
     printable,
 )
 from mim_jax.data.folder_labels import FolderLabels, labels_of_sub_folders, labels_of_tables
+from mim_jax.data.folder_maps import FolderMaps, maps_of_folder
+from mim_jax.data.probe import probe_image
 from mim_jax.data.records import Record, decoded
 from mim_jax.data.stages import stage
 
@@ -59,6 +62,7 @@ class FolderSource:
         root: pathlib.Path,
         index: FolderIndex,
         labels: FolderLabels | None,
+        maps: FolderMaps | None,
         channels: int,
         bits: int,
         backend: str,
@@ -72,6 +76,7 @@ class FolderSource:
         self._root = str(root)
         self._index = index
         self._labels = labels
+        self._maps = maps
         self._backend = backend
 
     def __len__(self) -> int:
@@ -108,6 +113,24 @@ class FolderSource:
             record["label"] = self._labels[index]
         return record
 
+    def segmentation(self, index: int) -> np.ndarray | None:
+        """Return the class of every pixel, uint8 `[height, width]`; None if there are no maps.
+
+        255 marks pixels without a class.
+
+        Raises:
+            ValueError: a map that cannot be read or does not fit its image; names it.
+            UnreadableImage: the image cannot be read; names it.
+        """
+        if self._maps is None:
+            return None
+        record = self.record(index)
+        try:
+            facts = probe_image(record["image"])
+        except UnreadableImage as error:
+            raise UnreadableImage(f"{printable(self.path(index))}: {error}") from error
+        return self._maps.read(self._index.path(index), (facts.height, facts.width))
+
     def path(self, index: int) -> str:
         """Return the path of one image file."""
         return os.path.join(self._root, self._index.path(index))
@@ -140,6 +163,12 @@ def open_folder(
     class; the names of all split folders are put together, so that a label means the same in each.
     Otherwise the images are unlabelled. Labels count in the sorted names of the classes.
 
+    The segmentation: if the folder of the split has a sub-folder `segmentation`, that holds a map
+    for each image under the image's own path, ending in `.png`: 8-bit grey or palette, of the
+    image's size as it is shown, with the class of every pixel from 0 on, 255 for none. For split
+    folders, `segmentation/train` beside them does as well. `segmentation/classes.txt` may name the
+    classes, one a line. Maps are not images of the source.
+
     Args:
         path: the folder.
         split: a split name without slice.
@@ -150,7 +179,7 @@ def open_folder(
     Raises:
         FileNotFoundError: no such folder, no such split, or no image in it.
         NotADirectoryError: the path is a file.
-        ValueError: a label table that does not fit the files.
+        ValueError: a label table or segmentation maps that do not fit the files.
     """
     root = pathlib.Path(path).expanduser()
     if not root.exists():
@@ -165,8 +194,10 @@ def open_folder(
     index = index_folder(folder)
     if not len(index):
         raise FileNotFoundError(_no_images_message(folder))
-    labels = _labels(folder, index, list(split_folders.values()))
-    return FolderSource(folder, index, labels, channels, bits, choose_backend(backend))
+    splits = list(split_folders.values())
+    labels = _labels(folder, index, splits)
+    maps = maps_of_folder(index, folder, splits)
+    return FolderSource(folder, index, labels, maps, channels, bits, choose_backend(backend))
 
 
 def _split_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -216,7 +247,7 @@ def _labels(
 def _class_folders(folder: pathlib.Path) -> list[str]:
     """Return the names of the sub-folders, none if an image lies directly in `folder`."""
     files, folders, _ = list_folder(os.fsencode(folder))
-    return [] if files else [os.fsdecode(name) for name in folders]
+    return [] if files else [os.fsdecode(name) for name in image_folders(folders)]
 
 
 def _no_images_message(folder: pathlib.Path) -> str:

@@ -12,7 +12,7 @@ import logging
 import os
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -22,6 +22,9 @@ IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp", ".ppm",
     ".pgm", ".jp2", ".npy",
 )  # fmt: skip
+
+MAPS_FOLDER = "segmentation"
+"""A sub-folder of this name holds segmentation maps, no images: see `mim_jax.data.folder_maps`."""
 
 _SUFFIXES = tuple(suffix.encode() for suffix in IMAGE_SUFFIXES)
 _FORMAT = b"1"
@@ -92,8 +95,8 @@ def index_folder(root: pathlib.Path) -> FolderIndex:
     """Return the index of all image files below a folder.
 
     Files are known by their suffix and not opened. Links to folders are followed, but never in a
-    circle; names that begin with a dot are passed over. A sub-folder that may not be listed is
-    left out with a warning.
+    circle; names that begin with a dot are passed over, and so is the sub-folder `MAPS_FOLDER`. A
+    sub-folder that may not be listed is left out with a warning.
 
     Raises:
         OSError: the folder itself cannot be listed.
@@ -161,7 +164,8 @@ def _listings(root: bytes, known: dict[bytes, _Listing]) -> dict[bytes, _Listing
             continue
         listings[folder] = listing
         below = (*chain, identity)
-        pending += [(os.path.join(folder, name), below) for name in reversed(listing.folders)]
+        names = listing.folders if folder else image_folders(listing.folders)
+        pending += [(os.path.join(folder, name), below) for name in reversed(names)]
     return listings
 
 
@@ -193,6 +197,11 @@ def list_folder(path: bytes) -> tuple[list[bytes], list[bytes], bool]:
             elif entry.is_symlink():
                 complete = False
     return sorted(files), sorted(folders), complete
+
+
+def image_folders(names: list[bytes]) -> list[bytes]:
+    """Return those of the names of sub-folders that may hold images of the data set."""
+    return [name for name in names if name != os.fsencode(MAPS_FOLDER)]
 
 
 def _is_folder(entry: os.DirEntry[bytes]) -> bool:
@@ -239,3 +248,8 @@ def _header(root: pathlib.Path) -> bytes:
 def printable(path: str) -> str:
     """Return a path that can be written anywhere, whatever bytes its name is made of."""
     return path.encode("utf-8", "backslashreplace").decode()
+
+
+def first_few(names: Sequence[str]) -> str:
+    """Return the first three names, for messages."""
+    return ", ".join(repr(name) for name in names[:3])

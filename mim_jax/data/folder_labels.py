@@ -8,7 +8,7 @@ import unicodedata
 
 import numpy as np
 
-from mim_jax.data.folder_index import FolderIndex
+from mim_jax.data.folder_index import FolderIndex, first_few
 
 LABEL_TABLE = "labels.csv"
 _COLUMNS = ("file", "label")
@@ -143,15 +143,11 @@ def _matched(index: FolderIndex, table: Table, place: pathlib.Path, prefix: str)
     if missing:
         raise ValueError(
             f"{place} has no row for {len(missing)} of {len(paths)} images, such as "
-            f"{_first_few(missing)}; add rows (with an empty label for none), or move them away"
+            f"{first_few(missing)}; add rows (with an empty label for none), or move them away"
         )
     if rows:
         raise ValueError(
             f"{place} has rows for {len(rows)} files that are not there, such as "
-            f"{_first_few(list(rows))}; take them out, or bring the files back"
+            f"{first_few(list(rows))}; take them out, or bring the files back"
         )
     return labels
-
-
-def _first_few(names: list[str]) -> str:
-    return ", ".join(repr(name) for name in names[:3])

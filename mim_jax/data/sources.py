@@ -16,6 +16,7 @@ from mim_jax.data.folder import open_folder
 from mim_jax.data.mixture import open_mixture
 from mim_jax.data.order import permuted_indices
 from mim_jax.data.records import Record, record_of
+from mim_jax.data.segmentation import segmentation_of
 from mim_jax.data.splits import slice_of, split_name_and_bounds
 from mim_jax.data.tar_shards import open_tar
 from mim_jax.data.tfds_source import open_tfds
@@ -44,8 +45,8 @@ class Source(Protocol):
         labels: of all examples as an array, where they are known without reading an example.
         record: a method that gives an example with its image still encoded, see
             `mim_jax.data.records.record_of`.
-        patch_labels: a method that gives the class of every patch of a grid, int `[examples,
-            patches]`, see `mim_jax.evaluation.labelled_data.patch_labels`.
+        segmentation: a method that gives the class of every pixel of an example, see
+            `mim_jax.data.segmentation.segmentation_of`.
     """
 
     name: str
@@ -148,6 +149,10 @@ class SubsetSource:
         """Return the example at one position undecoded; None if the source holds no files."""
         return record_of(self._source, int(self._indices[index]))
 
+    def segmentation(self, index: int) -> np.ndarray | None:
+        """Return the class of every pixel of one example; None if the source does not know."""
+        return segmentation_of(self._source, int(self._indices[index]))
+
     @property
     def labels(self) -> np.ndarray | None:
         """The labels of the subset, None if they are not known without reading examples."""
@@ -171,7 +176,7 @@ def open_source(
             folder in the environment variable `MIM_JAX_FASHION_MNIST`.
         tfds:NAME[/CONFIG][:VERSION][?data_dir=FOLDER]: a TFDS data set prepared as ArrayRecord.
         folder:PATH, or the path of an existing folder: images in a folder, see
-            `mim_jax.data.folder.open_folder` for splits and labels.
+            `mim_jax.data.folder.open_folder` for splits, labels and segmentation maps.
         array_record:PATTERN, or the path of a shard or of a folder with `dataset.json`: what
             `mim-jax data convert` wrote, see `mim_jax.data.array_record`.
         tar:PATTERN, or the path of a tar file: shards in the WebDataset layout, see

@@ -6,11 +6,12 @@ and normalization are not here: they are done on the device, inside the train st
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import numpy as np
 
 from mim_jax.data.decode import choose_backend
-from mim_jax.data.resize import INTERPOLATIONS, resized
+from mim_jax.data.resize import INTERPOLATIONS, resized, resized_to_nearest
 
 Size = tuple[int, int]
 Box = tuple[int, int, int, int]  # top, left, height, width
@@ -177,12 +178,31 @@ class EvaluationCrop:
             `[size[0], size[1], channels]` of the same type.
         """
         del rng
+        return self._centre(
+            image, lambda whole, size: resized(whole, size, self.interpolation, self.backend)
+        )
+
+    def of_classes(self, classes: np.ndarray) -> np.ndarray:
+        """Return the centre of a map as large as an image: of its pixels, what `__call__` shows.
+
+        Args:
+            classes: of any type, `[height, width]`.
+
+        Returns:
+            `[size[0], size[1]]` of the same type; where the image is interpolated, the map has
+            the value of the nearest pixel.
+        """
+        return self._centre(classes, resized_to_nearest)
+
+    def _centre(
+        self, image: np.ndarray, resize: Callable[[np.ndarray, Size], np.ndarray]
+    ) -> np.ndarray:
         image = without_far_ends(image, self.size)
         whole = self.resized_size(image.shape[0], image.shape[1])
         # Python's round halves to even, as torchvision's center_crop does.
         top = round((whole[0] - self.size[0]) / 2)
         left = round((whole[1] - self.size[1]) / 2)
-        image = resized(image, whole, self.interpolation, self.backend)
+        image = resize(image, whole)
         return image[top : top + self.size[0], left : left + self.size[1]]
 
     def resized_size(self, height: int, width: int) -> Size:

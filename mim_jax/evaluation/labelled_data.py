@@ -1,7 +1,8 @@
 """The labelled data that a config names for evaluation."""
 
 import contextlib
-from collections.abc import Generator, Iterator, Sequence
+import math
+from collections.abc import Generator, Iterator
 
 import ml_collections
 import numpy as np
@@ -14,6 +15,7 @@ from mim_jax.data import (
     open_source,
     train_batches,
 )
+from mim_jax.data.segmentation import IGNORED_PATCH, patch_classes, segmentation_of
 
 PROBE_AREA = (0.08, 1.0)
 """Share of the image in a linear probe's training crops (MAE's `main_linprobe.py`)."""
@@ -32,13 +34,7 @@ def labelled_source(config: ml_collections.ConfigDict, split: str) -> tuple[Sour
         ValueError: if the examples have no labels, or the source is not known.
         FileNotFoundError: if the data are not there.
     """
-    source = open_source(
-        config.evaluate.source or config.data.source,
-        split,
-        channels=config.data.channels,
-        bits=config.data.bits,
-        backend=config.data.backend,
-    )
+    source = _source(config, split)
     if source.num_classes is None:
         raise ValueError(_without_labels(source, split))
     return source, source.num_classes
@@ -58,56 +54,70 @@ def centre_crops(
         ValueError: as for `labelled_source`, and (while reading) for an example without a label.
         FileNotFoundError: as for `labelled_source`.
     """
+    source, _ = labelled_source(config, split)
+    crop = evaluation_crop(config, largest_side=largest_side)
+    return _with_labels(_all_examples(config, source, crop), source, split)
+
+
+def evaluation_crop(
+    config: ml_collections.ConfigDict, *, largest_side: int | None = None
+) -> EvaluationCrop:
+    """What `config.evaluate` does to an image.
+
+    Args:
+        config: a complete config.
+        largest_side: as for `centre_crops`.
+    """
     height, width = config.data.image_size
     if largest_side is not None and max(height, width) > largest_side:
         scale = largest_side / max(height, width)
         height, width = max(1, round(height * scale)), max(1, round(width * scale))
-    source, _ = labelled_source(config, split)
-    batches = evaluation_batches(
-        source,
-        EvaluationCrop(
-            (height, width), crop_ratio=config.evaluate.crop_ratio, backend=config.data.backend
-        ),
-        batch_size=config.evaluate.batch_size,
-        workers=config.data.workers,
+    return EvaluationCrop(
+        (height, width), crop_ratio=config.evaluate.crop_ratio, backend=config.data.backend
     )
-    return _with_labels(batches, source, split)
 
 
-def patch_labels(config: ml_collections.ConfigDict, split: str, grid: Sequence[int]) -> np.ndarray:
-    """The class of every patch of every example, int `[examples, patches]`, row by row.
-
-    A source that knows them has a method `patch_labels(grid)`, which gives them for whole images
-    cut into a grid of patches, -1 for a patch without a class. It is asked for by `getattr`.
+def knows_patches(config: ml_collections.ConfigDict, split: str) -> bool:
+    """Whether the data tell the class of every pixel, and so `patch_crops` is possible.
 
     Args:
         config: a complete config.
         split: such as `config.evaluate.train_split`.
+
+    Raises:
+        ValueError: if the source is not known, or the first map is broken.
+        FileNotFoundError: if the data are not there.
+    """
+    return segmentation_of(_source(config, split), 0) is not None
+
+
+def patch_crops(config: ml_collections.ConfigDict, split: str, grid: tuple[int, int]) -> Batches:
+    """`centre_crops` whose `label` is the class of every patch, int32 `[batch, patches]`.
+
+    The map of an image goes the way of the image, by nearest neighbours; see
+    `mim_jax.data.segmentation.patch_classes` for what counts as the class of a patch. Labels of
+    the images are not needed.
+
+    Args:
+        config: a complete config.
+        split: such as `config.evaluate.test_split`.
         grid: patches along height and width.
 
     Raises:
-        ValueError: if the source knows labels of whole images alone, or the evaluation crop cuts
-            images, so that patches lie elsewhere.
-        FileNotFoundError: as for `labelled_source`.
+        ValueError: if the source does not know the class of every pixel, and (while reading) for
+            a map that does not fit its image.
+        FileNotFoundError: if the data are not there.
     """
-    source, _ = labelled_source(config, split)
-    labels_of = getattr(source, "patch_labels", None)
-    if labels_of is None:
+    source = _source(config, split)
+    if not knows_patches(config, split):
         raise ValueError(
-            f"the data source {source.name!r} (split {split!r}) has a label for each image, but "
-            "none for each patch, which the protocol 'patch_local' needs. Take 'patch_global', or "
-            "call mim_jax.evaluation.patch_local_recall with labels of your own."
+            f"the data source {source.name!r} (split {split!r}) tells no class for each patch, "
+            "which the protocol 'patch_local' needs. Put segmentation maps beside the images of a "
+            "folder (segmentation/NAME.png for NAME.jpg), take 'patch_global', or call "
+            "mim_jax.evaluation.patch_local_recall with labels of your own."
         )
-    if config.evaluate.crop_ratio != 1.0:
-        raise ValueError(
-            f"evaluate.crop_ratio is {config.evaluate.crop_ratio}, which cuts the images that "
-            "patch labels are for; set it to 1.0."
-        )
-    labels = np.asarray(labels_of(tuple(grid)))
-    wanted = (len(source), int(np.prod(grid)))
-    if labels.shape != wanted:
-        raise ValueError(f"{source.name!r} gives patch labels {labels.shape}; expected {wanted}.")
-    return labels
+    crop = evaluation_crop(config)
+    return _with_patch_labels(_all_examples(config, source, crop), source, crop, grid)
 
 
 def random_crops(
@@ -141,6 +151,38 @@ def random_crops(
         workers=config.data.workers,
     )
     return _with_labels(batches, source, split)
+
+
+def _source(config: ml_collections.ConfigDict, split: str) -> Source:
+    return open_source(
+        config.evaluate.source or config.data.source,
+        split,
+        channels=config.data.channels,
+        bits=config.data.bits,
+        backend=config.data.backend,
+    )
+
+
+def _all_examples(
+    config: ml_collections.ConfigDict, source: Source, crop: EvaluationCrop
+) -> Generator:
+    return evaluation_batches(
+        source, crop, batch_size=config.evaluate.batch_size, workers=config.data.workers
+    )
+
+
+def _with_patch_labels(
+    batches: Generator, source: Source, crop: EvaluationCrop, grid: tuple[int, int]
+) -> Batches:
+    """The batches with a label for each patch, `IGNORED_PATCH` in rows that are not valid."""
+    with contextlib.closing(batches):
+        for batch in batches:
+            labels = np.full((len(batch["index"]), math.prod(grid)), IGNORED_PATCH, np.int32)
+            for row in np.flatnonzero(batch["valid"]):
+                classes = segmentation_of(source, int(batch["index"][row]))
+                assert classes is not None, "a source knows the pixels of all examples or none"
+                labels[row] = patch_classes(crop.of_classes(classes), grid)
+            yield {**batch, "label": labels}
 
 
 def _with_labels(batches: Generator, source: Source, split: str) -> Batches:

@@ -3,10 +3,11 @@
 Covert et al., 2025, "Locality Alignment Improves Vision-Language Models", section 4 and appendix:
 a linear layer or one transformer block on the frozen patch tokens predicts the class of every
 patch ("local") or the classes of the image ("global"); the score is the recall, averaged over the
-classes. The paper takes the classes of patches from the semantic labels of MSCOCO.
+classes. The paper takes the classes of patches from the semantic labels of MSCOCO; here they are
+those of the segmentation maps that a source has.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -18,8 +19,9 @@ import optax
 from sklearn.metrics import recall_score
 
 from mim_jax import losses
+from mim_jax.data.segmentation import IGNORED_PATCH
 from mim_jax.evaluation.features import TOKENS, extract_features
-from mim_jax.evaluation.labelled_data import centre_crops, patch_labels
+from mim_jax.evaluation.labelled_data import centre_crops, knows_patches, patch_crops
 from mim_jax.method import Method, Variables
 from mim_jax.models.pooling import TransformerPool, attention_heads, pooling_blocks
 
@@ -27,8 +29,8 @@ HEADS = {"linear": 1e-2, "block": 1e-3}
 """What reads the tokens, each by itself or together in a block with positions of its own; and the
 first learning rate of its training."""
 
-IGNORED = -1
-"""Label of a patch that has no class, or several."""
+IGNORED = IGNORED_PATCH
+"""Label of a patch that has no class."""
 
 
 class PatchHead(nn.Module):
@@ -210,16 +212,12 @@ def patch_local(
         config: a complete config; read are `evaluate`, `data` and `seed`.
 
     Raises:
-        ValueError: data without classes of patches, see `patch_labels`.
+        ValueError: data that do not tell the classes of patches, see `patch_crops`.
         FileNotFoundError: if the data are not there.
     """
-    height, width = config.data.image_size
-    images = jax.ShapeDtypeStruct((1, height, width, config.data.channels), jnp.float32)
-    grid = jax.eval_shape(method.features, variables, {"image": images}).grid
-    splits = (config.evaluate.train_split, config.evaluate.test_split)
-    train_labels, test_labels = (patch_labels(config, split, grid) for split in splits)
-    train_tokens, test_tokens = (_tokens(method, variables, config, s)[0] for s in splits)
-    arrays = (train_tokens, train_labels, test_tokens, test_labels)
+    grid = _grid(method, variables, config)
+    crops = [patch_crops(config, split, grid) for split in _splits(config)]
+    arrays = _tokens_and_labels(method, variables, config, crops)
     return {head: patch_local_recall(*arrays, head=head, seed=config.seed) for head in HEADS}
 
 
@@ -228,34 +226,59 @@ def patch_global(
 ) -> dict[str, float]:
     """`patch_global_recall` by each of `HEADS` on the labelled data that the config names.
 
+    Where the data tell the class of every pixel, the classes of an image are those of its patches,
+    as in the paper; otherwise they are its labels.
+
     Args:
         method: gives the tokens.
         variables: of the method, on any devices.
         config: a complete config; read are `evaluate`, `data` and `seed`.
 
     Raises:
-        ValueError: data without labels.
+        ValueError: data without labels or maps.
         FileNotFoundError: if the data are not there.
     """
-    arrays: list[np.ndarray] = []
-    for split in (config.evaluate.train_split, config.evaluate.test_split):
-        tokens, labels = _tokens(method, variables, config, split)
-        assert labels is not None, "centre_crops gives labels"
-        arrays += [tokens, labels]
+    if all(knows_patches(config, split) for split in _splits(config)):
+        grid = _grid(method, variables, config)
+        crops = [patch_crops(config, split, grid) for split in _splits(config)]
+        arrays = _tokens_and_labels(method, variables, config, crops)
+        classes = np.arange(max(arrays[1].max(), arrays[3].max(), 0) + 1)
+        for place in (1, 3):
+            arrays[place] = (arrays[place][..., None] == classes).any(axis=1).astype(np.int32)
+    else:
+        crops = [centre_crops(config, split) for split in _splits(config)]
+        arrays = _tokens_and_labels(method, variables, config, crops)
     return {head: patch_global_recall(*arrays, head=head, seed=config.seed) for head in HEADS}
 
 
-def _tokens(
-    method: Method, variables: Variables, config: ml_collections.ConfigDict, split: str
-) -> tuple[np.ndarray, np.ndarray | None]:
-    return extract_features(
-        method,
-        variables,
-        centre_crops(config, split),
-        mean=config.data.mean,
-        std=config.data.std,
-        pool=TOKENS,
-    )
+def _splits(config: ml_collections.ConfigDict) -> tuple[str, str]:
+    return config.evaluate.train_split, config.evaluate.test_split
+
+
+def _grid(
+    method: Method, variables: Variables, config: ml_collections.ConfigDict
+) -> tuple[int, int]:
+    height, width = config.data.image_size
+    images = jax.ShapeDtypeStruct((1, height, width, config.data.channels), jnp.float32)
+    return tuple(jax.eval_shape(method.features, variables, {"image": images}).grid)
+
+
+def _tokens_and_labels(
+    method: Method,
+    variables: Variables,
+    config: ml_collections.ConfigDict,
+    crops: list[Iterator[dict[str, np.ndarray]]],
+) -> list[np.ndarray]:
+    """The tokens and labels of one split after another."""
+    arrays: list[np.ndarray] = []
+    mean, std = config.data.mean, config.data.std
+    for batches in crops:
+        tokens, labels = extract_features(
+            method, variables, batches, mean=mean, std=std, pool=TOKENS
+        )
+        assert labels is not None, "these batches have labels"
+        arrays += [tokens, labels]
+    return arrays
 
 
 def _loss_of_patches(logits: jax.Array, labels: jax.Array) -> jax.Array:

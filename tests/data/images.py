@@ -31,6 +31,20 @@ def write_images(folder: pathlib.Path, count: int, suffix: str = ".png") -> None
         Image.fromarray(values).save(folder / f"{i:03d}{suffix}")
 
 
+def write_maps(images: pathlib.Path, maps: pathlib.Path) -> None:
+    """Write a map for each image that `write_images` wrote below a folder.
+
+    Image i, counted in its own folder, has the class i, but for its first row, which has none.
+    """
+    for path in sorted(images.rglob("*.*")):
+        place = (maps / path.relative_to(images)).with_suffix(".png")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(path) as image:
+            classes = np.full(image.size[::-1], int(path.stem), np.uint8)
+        classes[0] = 255
+        Image.fromarray(classes).save(place)
+
+
 def random_samples(height: int, width: int, channels: int, dtype: type = np.uint8) -> np.ndarray:
     """Return `[height, width, channels]` over the whole range of an unsigned type."""
     shape = (height, width, channels)

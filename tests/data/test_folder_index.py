@@ -196,3 +196,12 @@ def test_million_files_stay_small() -> None:
     assert index.path(999_999) == "class_999/image_00000999.jpeg"
     assert index.path(1000) == "class_001/image_00000000.jpeg"
     assert len(pickle.dumps(index)) < 30e6
+
+
+def test_maps_are_no_images_of_the_index_kept_or_not(root: pathlib.Path) -> None:
+    for folder in ("segmentation/a", "a/segmentation"):
+        (root / folder).mkdir(parents=True)
+        (root / folder / "2.png").touch()
+    expected = ["10.jpg", "9.png", "a/2.png", "a/deep/3.png", "a/segmentation/2.png", *FILES[4:]]
+    for _ in range(2):
+        assert list(index_folder(root).paths()) == expected

@@ -8,8 +8,9 @@ import pytest
 from mim_jax.data import open_source
 from mim_jax.data.fashion_mnist import fashion_mnist_folder, read_idx
 from mim_jax.data.records import record_of
+from mim_jax.data.segmentation import segmentation_of
 from mim_jax.data.sources import ArraySource, SubsetSource
-from tests.data.images import write_images
+from tests.data.images import write_images, write_maps
 
 needs_full_set = pytest.mark.skipif(
     not (fashion_mnist_folder() / "train-images-idx3-ubyte.gz").is_file(),
@@ -172,6 +173,18 @@ def test_records_of_a_subset_are_those_of_its_source(tmp_path: pathlib.Path) -> 
     subset = SubsetSource(source, "subset", np.array([4, 1]))
     assert record_of(subset, 0) == record_of(source, 4)
     assert record_of(SubsetSource(open_source("embedded"), "subset", range(3)), 0) is None
+
+
+def test_segmentation_of_a_subset_is_that_of_its_source(tmp_path: pathlib.Path) -> None:
+    write_images(tmp_path, 5)
+    write_maps(tmp_path, tmp_path / "segmentation")
+    source = open_source(str(tmp_path))
+    subset = SubsetSource(source, "subset", np.array([4, 1]))
+    np.testing.assert_array_equal(segmentation_of(subset, 0), segmentation_of(source, 4))
+    half, rest = (open_source(str(tmp_path), split) for split in ("train[:60%]", "train[60%:]"))
+    shapes = [segmentation_of(part, i).shape for part in (half, rest) for i in range(len(part))]
+    assert sorted(shapes) == [(16 + i, 20) for i in range(5)]
+    assert segmentation_of(SubsetSource(open_source("embedded"), "subset", range(3)), 0) is None
 
 
 @pytest.mark.parametrize("name", ["x.array_record", "x.array_record-00000-of-00001", "x.tar"])

@@ -258,6 +258,40 @@ def test_bad_options_of_a_second_rendering_are_errors(options: dict, message: st
         CropWithTarget(RandomResizedCrop((8, 8)), **{"target_size": (4, 4), **options})
 
 
+@pytest.mark.parametrize(("height", "width"), [(28, 28), (37, 91), (300, 200), (3, 200), (90, 41)])
+@pytest.mark.parametrize("backend", ["opencv", "pillow"])
+def test_map_goes_where_its_image_goes(height: int, width: int, backend: str) -> None:
+    # Four areas of the classes 1, 2, 0 and 1, in the image black where the class is even.
+    classes = np.zeros((height, width), np.uint8)
+    classes[: height // 2] += 1
+    classes[:, width // 2 :] += 1
+    image = (classes % 2 * 255)[..., None].astype(np.uint8)
+    crop = EvaluationCrop((28, 36), backend=backend)
+    shown, mapped = crop(image)[..., 0] > 127, crop.of_classes(classes)
+    assert mapped.shape == (28, 36) and mapped.dtype == np.uint8
+    middle = np.ones_like(shown)
+    middle[13:15], middle[:, 17:19] = False, False  # at the border the image is a mixture
+    if height > 3:  # of three rows none ends in the middle
+        np.testing.assert_array_equal(shown[middle], mapped[middle] % 2 == 1)
+    assert (shown != (mapped % 2 == 1)).mean() < 0.1
+    assert len(np.unique(mapped)) == 3
+
+
+def test_map_is_resized_as_pillow_does_it_by_nearest_neighbours() -> None:
+    classes = np.random.default_rng(0).integers(0, 256, (50, 71), np.uint8)
+    crop = EvaluationCrop((30, 30), crop_ratio=0.75)
+    whole = Image.fromarray(classes).resize((56, 40), Image.Resampling.NEAREST)
+    assert crop.resized_size(50, 71) == (40, 56)
+    expected = np.asarray(whole.crop((13, 5, 43, 35)))
+    np.testing.assert_array_equal(crop.of_classes(classes), expected)
+
+
+def test_map_of_the_right_size_passes_unchanged_with_ratio_one() -> None:
+    classes = np.arange(28 * 28, dtype=np.int32).reshape(28, 28)
+    crop = EvaluationCrop((28, 28), crop_ratio=1.0)
+    np.testing.assert_array_equal(crop.of_classes(classes), classes)
+
+
 def test_transforms_can_be_pickled_and_compared() -> None:
     crop = RandomResizedCrop((8, 8))
     for transform in (crop, EvaluationCrop((8, 8)), CropWithTarget(crop, (4, 4))):

@@ -1,10 +1,10 @@
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
+from mim_jax.data import open_source
 from mim_jax.evaluation import evaluate, labelled_data
 from mim_jax.evaluation.patch_probe import (
     HEADS,
@@ -152,45 +152,91 @@ def test_protocols_give_a_score_for_each_head():
     assert all(score > 0.3 for score in scores.values())  # chance is 0.1
 
 
-@dataclasses.dataclass
-class WithPatches:
-    """A source that takes the brightness of a patch for its class."""
-
-    source: object
-
-    def __getattr__(self, name):
-        return getattr(self.source, name)
-
-    def __len__(self):
-        return len(self.source)
-
-    def __getitem__(self, index):
-        return self.source[index]
-
-    def patch_labels(self, grid):
-        images = np.stack([self[i]["image"] for i in range(len(self))])[..., 0] / 255
-        rows, columns = grid
-        cells = images.reshape(len(images), rows, 28 // rows, columns, 28 // columns)
-        return (cells.mean(axis=(2, 4)) > 0.3).astype(int).reshape(len(images), -1)
+def write_scenes(folder, count, seed, side=28, with_maps=True):
+    """Scenes of 2 x 2 grey cells, whose class is their brightness, and their maps."""
+    (folder / "segmentation").mkdir(parents=True)
+    random = np.random.default_rng(seed)
+    for i in range(count):
+        cells = random.integers(0, 3, (2, 2))
+        classes = np.kron(cells, np.ones((side // 2, side // 2))).astype(np.uint8)
+        noise = random.integers(0, 30, classes.shape)
+        Image.fromarray((classes * 100 + noise).astype(np.uint8)).save(folder / f"{i:03d}.png")
+        if with_maps:
+            Image.fromarray(classes).save(folder / "segmentation" / f"{i:03d}.png")
+    if not with_maps:
+        (folder / "segmentation").rmdir()
 
 
-def test_a_source_may_know_the_classes_of_patches(monkeypatch):
-    find = labelled_data.labelled_source
+def config_of_folder(folder, **changes):
+    fields = {
+        "evaluate.source": f"folder:{folder}",
+        "evaluate.train_split": "train",
+        "evaluate.test_split": "test",
+        "evaluate.crop_ratio": 1.0,
+        "evaluate.batch_size": 16,
+    }
+    return toy_config(**{**fields, **changes})
 
-    def with_patches(config, split):
-        source, classes = find(config, split)
-        return WithPatches(source), classes
 
-    monkeypatch.setattr(labelled_data, "labelled_source", with_patches)
-    config = toy_config(**{"evaluate.crop_ratio": 1.0})
-    scores = evaluate(Toy(), toy_variables(), config, ["patch_local"])
-    assert scores["patch_local/linear"] > 0.8
-    with pytest.raises(ValueError, match=r"evaluate.crop_ratio is 0.5, which cuts"):
-        evaluate(
-            Toy(), toy_variables(), toy_config(**{"evaluate.crop_ratio": 0.5}), ["patch_local"]
-        )
+def test_maps_beside_unlabelled_images_are_all_that_the_protocols_need(tmp_path, monkeypatch):
+    monkeypatch.delitem(HEADS, "block")  # which takes long to compile
+    write_scenes(tmp_path / "train", 64, seed=0)
+    write_scenes(tmp_path / "test", 20, seed=1)
+    protocols = ["patch_local", "patch_global"]
+    scores = evaluate(Toy(), toy_variables(), config_of_folder(tmp_path), protocols)
+    assert list(scores) == ["patch_local/linear", "patch_global/linear"]
+    assert scores["patch_local/linear"] > 0.95  # chance is 1 / 3
+    assert scores["patch_global/linear"] > 0.7
+
+
+def test_labels_of_patches_are_those_of_the_crop_and_slice(tmp_path):
+    write_scenes(tmp_path, 9, seed=0, side=56)
+    config = config_of_folder(tmp_path, **{"evaluate.crop_ratio": 0.5, "evaluate.batch_size": 4})
+    source = open_source(f"folder:{tmp_path}", "train[:7]", channels=1)
+    batches = list(labelled_data.patch_crops(config, "train[:7]", (4, 4)))
+    labels = np.concatenate([batch["label"][batch["valid"]] for batch in batches])
+    # The middle half of the image, as large as the crop, so that no pixel changes.
+    maps = np.stack([source.segmentation(i)[14:42, 14:42] for i in range(7)])
+    np.testing.assert_array_equal(labels, maps[:, 3::7, 3::7].reshape(7, 16))
+    images = np.concatenate([batch["image"][batch["valid"]] for batch in batches])
+    assert ((images[:, 3::7, 3::7, 0] // 100).reshape(7, 16) == labels).all()
+
+
+def test_an_unreadable_image_takes_its_patches_with_it(tmp_path):
+    write_scenes(tmp_path, 5, seed=0)
+    whole = (tmp_path / "001.png").read_bytes()
+    (tmp_path / "001.png").write_bytes(whole[:60])  # the header is there, the pixels are not
+    config = config_of_folder(tmp_path)
+    (batch,) = labelled_data.patch_crops(config, "train", (4, 4))
+    assert batch["valid"].sum() == 4
+    assert (batch["label"][~batch["valid"]] == IGNORED).all()
+    brightness = batch["image"][batch["valid"]][:, 3::7, 3::7, 0] // 100
+    np.testing.assert_array_equal(batch["label"][batch["valid"]], brightness.reshape(4, 16))
+
+
+def test_maps_of_one_split_alone_are_a_clear_error(tmp_path):
+    write_scenes(tmp_path / "train", 4, seed=0)
+    write_scenes(tmp_path / "test", 4, seed=1, with_maps=False)
+    config = config_of_folder(tmp_path)
+    with pytest.raises(ValueError, match=r"\(split 'test'\) tells no class for each patch"):
+        evaluate(Toy(), toy_variables(), config, ["patch_local"])
+    with pytest.raises(ValueError, match=r"\(split 'train'\) has no labels"):
+        evaluate(Toy(), toy_variables(), config, ["patch_global"])
+
+
+def test_maps_without_any_class_are_a_clear_error(tmp_path):
+    write_scenes(tmp_path, 4, seed=0)
+    for path in (tmp_path / "segmentation").iterdir():
+        Image.new("L", (28, 28), 255).save(path)
+    config = config_of_folder(tmp_path, **{"evaluate.test_split": "train"})
+    with pytest.raises(ValueError, match="train labels of patches must be classes"):
+        evaluate(Toy(), toy_variables(), config, ["patch_local"])
+    with pytest.raises(ValueError, match="test labels have no example of any class"):
+        evaluate(Toy(), toy_variables(), config, ["patch_global"])
 
 
 def test_labels_of_images_alone_are_a_clear_error():
-    with pytest.raises(ValueError, match="none for each patch, which the protocol 'patch_local'"):
+    with pytest.raises(
+        ValueError, match="tells no class for each patch, which the protocol 'patch_local'"
+    ):
         evaluate(Toy(), toy_variables(), toy_config(), ["patch_local"])
