@@ -404,13 +404,15 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
 def score_table(rows: dict[str, dict[str, float]]) -> Table:
     """Scores in per cent, a row for each encoder and a column for each score; losses as they are.
 
-    The single score of a protocol is its top-1 accuracy.
+    The single score of a protocol is its top-1 accuracy. Of several, the protocol is named only
+    where two have scores of the same name.
     """
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     table = Table(title="scores, %")
     table.add_column("features")
-    for name in names:
-        table.add_column(name.rpartition("/")[2] if "/" in name else name, justify="right")
+    short = [name.rpartition("/")[2] for name in names]
+    for name, score in zip(names, short, strict=True):
+        table.add_column(score if short.count(score) == 1 else name, justify="right")
     for title, row in rows.items():
         shown = {
             n: f"{x:.3f}" if n.endswith("entropy") else f"{100 * x:.1f}" for n, x in row.items()

@@ -111,9 +111,9 @@ def patch_crops(config: ml_collections.ConfigDict, split: str, grid: tuple[int, 
     source = _source(config, split)
     if not knows_patches(config, split):
         raise ValueError(
-            f"the data source {source.name!r} (split {split!r}) tells no class for each patch, "
+            f"the data source {source.name!r} (split {split!r}) has no labels of patches, "
             "which the protocol 'patch_local' needs. Put segmentation maps beside the images of a "
-            "folder (segmentation/NAME.png for NAME.jpg), take 'patch_global', or call "
+            "folder (segmentation/NAME.png for NAME.jpg), or call "
             "mim_jax.evaluation.patch_local_recall with labels of your own."
         )
     crop = evaluation_crop(config)

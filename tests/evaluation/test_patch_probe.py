@@ -218,7 +218,7 @@ def test_maps_of_one_split_alone_are_a_clear_error(tmp_path):
     write_scenes(tmp_path / "train", 4, seed=0)
     write_scenes(tmp_path / "test", 4, seed=1, with_maps=False)
     config = config_of_folder(tmp_path)
-    with pytest.raises(ValueError, match=r"\(split 'test'\) tells no class for each patch"):
+    with pytest.raises(ValueError, match=r"\(split 'test'\) has no labels of patches"):
         evaluate(Toy(), toy_variables(), config, ["patch_local"])
     with pytest.raises(ValueError, match=r"\(split 'train'\) has no labels"):
         evaluate(Toy(), toy_variables(), config, ["patch_global"])
@@ -237,6 +237,6 @@ def test_maps_without_any_class_are_a_clear_error(tmp_path):
 
 def test_labels_of_images_alone_are_a_clear_error():
     with pytest.raises(
-        ValueError, match="tells no class for each patch, which the protocol 'patch_local'"
+        ValueError, match="has no labels of patches, which the protocol 'patch_local'"
     ):
         evaluate(Toy(), toy_variables(), toy_config(), ["patch_local"])
