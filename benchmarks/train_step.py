@@ -1,10 +1,11 @@
-"""How fast is the train step of a config, and how much memory does it need? Nothing is loaded.
+"""How fast is the train step of a config, and how much memory does it need?
 
     python -m benchmarks.train_step --config mae:vit_b16 --config.batch_size=64 --steps 50
 
 The step is the one that `mim-jax train` compiles: forward, backward, optimizer, guard against
 non-finite values, all devices of the config's mesh. Its batch is random and stays on the devices,
-so that only the step is timed. Runs on CPU, GPU and TPU.
+so that only the step is timed. No weights are loaded, but those of a teacher tell its sizes, if its
+path is set. Runs on CPU, GPU and TPU.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import numpy as np
 
 from benchmarks import measure
 from mim_jax.training import sharding
+from mim_jax.training.derived import complete_towers
 from mim_jax.training.experiment import Experiment
 from mim_jax.training.flops import peak_flops_of
 from mim_jax.training.state import TrainState
@@ -121,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options, overrides = parser.parse_known_args(arguments)
     if options.steps < 1:
         parser.error(f"--steps is {options.steps}; it must be at least 1")
-    config = measure.config_with(options.config, overrides)
+    config = complete_towers(measure.config_with(options.config, overrides))
     report = measure.Report("train_step", arguments)
     figures = measure_step(Experiment.without_data(config), options.steps)
     name = Path(options.config).name.replace(".py", "").replace(":", "_")

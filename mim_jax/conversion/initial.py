@@ -103,6 +103,8 @@ def initialize_from(path: str, method: Method, state: TrainState) -> tuple[Train
         )
     placed = {name: jax.device_put(value, old[name].sharding) for name, value in new.items()}
     kept = sorted(name.removeprefix("params/") for name in set(old) - set(new))
+    elsewhere = tuple(f"{part.target}/" for part in method.pretrained if part.path)
+    fresh = [name for name in kept if not name.startswith(elsewhere)]
     variables = unflatten({**old, **placed})
     # An EMA target that the weights lack starts from its source, as in a new run.
     absent = [e for e in method.ema if any(name.startswith(f"{e.target}/") for name in kept)]
@@ -117,8 +119,8 @@ def initialize_from(path: str, method: Method, state: TrainState) -> tuple[Train
     left_out = [name.removeprefix("params/") for name in unused] + list(donor.left_out)
     if left_out:
         notes.append(f"not used by this model: {', '.join(left_out)}")
-    if kept:
-        notes.append(f"not in the weights, so at their initial values: {', '.join(kept)}")
+    if fresh:
+        notes.append(f"not in the weights, so at their initial values: {', '.join(fresh)}")
     return dataclasses.replace(state, params=params, mutable=variables), notes
 
 

@@ -9,6 +9,7 @@ import ml_collections
 from mim_jax import config as configs
 from mim_jax.conversion.export import export_variables
 from mim_jax.conversion.initial import initialize_from
+from mim_jax.conversion.pretrained import load_pretrained
 from mim_jax.method import method_class
 from mim_jax.training.checkpoints import Checkpoints, checkpoint_steps, read_variables
 from mim_jax.training.derived import complete_from_weights
@@ -43,6 +44,9 @@ def export_run(run: Path, output: Path, format: str = "official", step: int | No
 def import_checkpoint(config: ml_collections.ConfigDict, source: Path, run: Path) -> str:
     """Makes a run whose checkpoint of step 0 holds the weights of a file or a model folder.
 
+    Towers that the method starts from, such as a teacher, are read from their own paths, if the
+    config has them, as a run that trains would do.
+
     Args:
         config: a complete config whose model is that of the file.
         source: a `.safetensors` or `.pth` file, or a folder of transformers.
@@ -52,13 +56,14 @@ def import_checkpoint(config: ml_collections.ConfigDict, source: Path, run: Path
         Notes on what was read.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file does not fit the model, or the run exists already.
+        FileNotFoundError: if there is no such file, or nothing at the path of a tower.
+        ValueError: if the file or a tower does not fit the model, or the run exists already.
     """
     config = complete_from_weights(config, str(source))
     experiment = Experiment.on_one_device(config)
     state = experiment.initial_state(experiment.batch_shapes())
-    state, notes = initialize_from(str(source), experiment.method, state)
+    state, notes = load_pretrained(experiment.method, state, required=False)
+    state, more = initialize_from(str(source), experiment.method, state)
     config = configs.resolve(config, jax.default_backend())
     # Opened last, since it creates the folder: a file that does not fit leaves nothing behind.
     with contextlib.closing(Checkpoints(run, config)) as checkpoints:
@@ -67,4 +72,4 @@ def import_checkpoint(config: ml_collections.ConfigDict, source: Path, run: Path
         checkpoints.save(state, 0)
         checkpoints.wait()
     (run / "config.json").write_text(configs.to_json(config))
-    return "\n".join([*notes, f"wrote the run {run}"])
+    return "\n".join([*notes, *more, f"wrote the run {run}"])

@@ -19,24 +19,29 @@ from mim_jax.training.state import TrainState
 from mim_jax.training.tree import differences, flatten, unflatten
 
 
-def load_pretrained(method: Method, state: TrainState) -> tuple[TrainState, list[str]]:
+def load_pretrained(
+    method: Method, state: TrainState, *, required: bool = True
+) -> tuple[TrainState, list[str]]:
     """Puts the weights that a method starts from into a new state.
 
     Args:
         method: declares its parts in `pretrained`.
         state: at step 0.
+        required: refuse an empty path, rather than leave the part at its initial values.
 
     Returns:
         The state, laid out as before, and notes for the user.
 
     Raises:
         FileNotFoundError: if there is nothing at a path.
-        ValueError: if a path is empty, or weights are missing, too many or wrongly shaped; all of
-            them are listed.
+        ValueError: if a required path is empty; or weights are missing, too many or wrongly
+            shaped, with the full list.
     """
     old = flatten(state.params)
     notes = []
     for part in method.pretrained:
+        if not part.path and not required:
+            continue
         if not part.path:
             raise ValueError(
                 f"{part.field} is empty: this method needs the weights of a trained model for "

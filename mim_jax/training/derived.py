@@ -126,18 +126,47 @@ def _towers(config: ml_collections.ConfigDict) -> list[str]:
     ]
 
 
+def complete_towers(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """A copy of a config in which towers have the sizes that their weights tell.
+
+    For what looks at no data: the same model as `derive` gives, where nothing else is open.
+
+    Raises:
+        FileNotFoundError: if there is nothing at the path of a tower.
+        ValueError: if the weights are of no known kind.
+    """
+    config = config.copy_and_resolve_references()
+    return _filled(config, {told.field: told.value for told in _told_by_towers(config)})
+
+
+def _told_by_towers(config: ml_collections.ConfigDict) -> list[Derived]:
+    """What the weights of towers tell of a config, where it has these values as well."""
+    told = []
+    for tower in _towers(config):
+        given = config.model[tower.removeprefix("model.")]
+        for field, value in settings_of(given.path, given.to_dict()).items():
+            if field in given:
+                told.append(Derived(f"{tower}.{field}", value, f"of {given.path}"))
+    return told
+
+
 def complete_from_weights(
     config: ml_collections.ConfigDict, path: str
 ) -> ml_collections.ConfigDict:
-    """A copy of a config in which the weights of a classifier have told its number of classes.
+    """A copy of a config in which weights have told what they tell, for conversion without data.
 
-    For conversion, which has no data to tell it.
+    Those of towers their sizes, and those of a classifier its number of classes.
+
+    Args:
+        config: complete, perhaps with open fields.
+        path: the weights to convert.
 
     Raises:
-        ValueError: if the number is open, and the weights have no classifier.
-        FileNotFoundError: if there is nothing at the path.
+        ValueError: if the number of classes is open, and the weights have no classifier; or those
+            of a tower are of no known kind.
+        FileNotFoundError: if there is nothing at a path.
     """
-    config = config.copy_and_resolve_references()
+    config = complete_towers(config)
     if "model.num_classes" not in open_fields(config):
         return config
     config.model.num_classes = 1
@@ -174,7 +203,11 @@ class _Derivation:
 
     def run(self) -> None:
         """Fills in everything."""
-        told = self._of_towers()
+        given = configs.leaves(self.config)
+        told = {setting.field: setting for setting in _told_by_towers(self.config)}
+        for field, setting in told.items():
+            if given[field] != setting.value:
+                self.set(field, setting.value, setting.reason)
         open_ones = [field for field in self.fields if field not in told]
         if not open_ones:
             return
@@ -198,17 +231,6 @@ class _Derivation:
             _filled(self.config, {field: value})
             self.settings = [s for s in self.settings if s.field != field]
             self.settings.append(Derived(field, value, reason))
-
-    def _of_towers(self) -> list[str]:
-        """What the weights of towers tell, and the names of these fields."""
-        told = []
-        for tower in _towers(self.config):
-            given = self.config.model[tower.removeprefix("model.")]
-            for field, value in settings_of(given.path, given.to_dict()).items():
-                told.append(f"{tower}.{field}")
-                if field in given and given[field] != value:
-                    self.set(f"{tower}.{field}", value, f"of {given.path}")
-        return told
 
     def _facts(self) -> SourceFacts:
         data = self.config.data

@@ -1,5 +1,6 @@
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -7,6 +8,8 @@ from mim_jax import config as configs
 from mim_jax.cli import main
 from mim_jax.conversion.files import read_state_dict, write_state_dict
 from mim_jax.conversion.official import export_run, import_checkpoint
+from mim_jax.conversion.towers import read_tower
+from mim_jax.method import method_class, parameter_shapes
 from mim_jax.training.checkpoints import read_variables
 from mim_jax.training.tree import flatten
 from tests.conversion.models import build, classifier_config, mae_config, variables, written
@@ -168,3 +171,26 @@ def test_a_pre_trained_file_asks_for_the_number_of_classes(source, tmp_path):
     unknown = classifier_config("cls", {"model.num_classes": 0, **sizes})
     with pytest.raises(ValueError, match=r"has no classifier to tell model.num_classes: set it"):
         import_checkpoint(unknown, source, tmp_path / "run")
+
+
+@pytest.mark.parametrize("path", ["tiny", ""])
+def test_a_teacher_comes_from_its_own_file_if_the_config_has_one(path, tmp_path):
+    small = {"model.width": 16, "model.heads": 2, "compute_dtype": "float32"}
+    wrong = {"model.teacher.width": 32, "model.teacher.path": path} if path else {}
+    config = configs.load("maskalign:tiny", {**small, "batch_size": 8})
+    method = method_class("maskalign").build(config)
+    ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), parameter_shapes(method))
+    student = method.layout().save(ones)
+    write_state_dict(
+        tmp_path / "x.safetensors", {k: v for k, v in student.items() if "teacher" not in k}
+    )
+    configs.override(config, {**wrong, "model.teacher.path": path})
+    notes = import_checkpoint(config, tmp_path / "x.safetensors", tmp_path / "run")
+    variables, about = read_variables(tmp_path / "run")
+    given, ours = read_tower("tiny")[1], flatten(variables["params"]["teacher"])
+    equal = [np.array_equal(ours[name], given[name]) for name in ours]
+    assert about["config"]["model"]["teacher"]["width"] == 64
+    if path:
+        assert all(equal) and "teacher/" not in notes
+    else:
+        assert not all(equal) and "at their initial values: teacher/" in notes
