@@ -42,7 +42,7 @@ def arms_of(experiment, monkeypatch, tmp_path):
         found[row] = (bench.task, arm)
 
     monkeypatch.setattr(toy_task.Workbench, "add_arm", keep)
-    monkeypatch.setattr(toy_task.Workbench, "add", lambda *_: None)
+    monkeypatch.setattr(toy_task.Workbench, "add", lambda *_, **__: None)
     monkeypatch.setattr(toy_task.Workbench, "teacher", lambda *_: ("a file", None, None))
     monkeypatch.setattr(toy_task, "step_times", lambda *_: {})
     monkeypatch.setattr(mr_mae, "parameters", lambda *_: 0)
@@ -134,3 +134,11 @@ def test_objects_brighten_the_patches_that_have_their_class():
     classes = len(toy_images.SCENE_CLASSES)
     objects = brightness[(patches >= 0) & (patches < classes)]
     assert objects.mean() > 2 * brightness[patches == classes].mean()
+
+
+@pytest.mark.parametrize("row, share", [("one view", 10 / 16), ("DM", 1.0)])
+def test_disjoint_views_predict_every_token_and_one_view_its_share(
+    row, share, monkeypatch, tmp_path
+):
+    task, arm = arms_of(dmjd, monkeypatch, tmp_path)[row]
+    assert dmjd.predicted_share(toy_task.experiment_of(task, arm).method, 8) == share
