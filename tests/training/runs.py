@@ -1,5 +1,6 @@
-"""Tiny runs of MAE for tests of the loop."""
+"""Tiny runs of MAE for tests of the loop, and an eye on the compiler."""
 
+import contextlib
 import io
 import json
 
@@ -30,6 +31,10 @@ TINY = {
 }
 
 
+COMPILATION = "/jax/core/compile/jaxpr_to_mlir_module_duration"
+"""What comes before every compilation, and before every look into the compilation cache."""
+
+
 def tiny(**changes):
     return configs.load("mae:tiny", {**TINY, **changes})
 
@@ -57,3 +62,26 @@ def run(folder, devices=1, on_step=None, **changes):
         on_step=on_step,
     )
     return result, output.getvalue()
+
+
+@contextlib.contextmanager
+def compilations(steps):
+    """The step after which each compilation began, as a list that grows.
+
+    Args:
+        steps: a list of one number, the steps taken so far.
+    """
+    seen = []
+
+    def on_event(name, seconds, **_):
+        if name == COMPILATION:
+            seen.append(steps[0])
+
+    jax.monitoring.register_event_duration_secs_listener(on_event)
+    try:
+        yield seen
+    finally:
+        # The public API can only add listeners.
+        from jax._src import monitoring
+
+        monitoring.unregister_event_duration_listener(on_event)

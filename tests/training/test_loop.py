@@ -20,7 +20,7 @@ from mim_jax.training.experiment import Experiment
 from mim_jax.training.interruption import Interrupted
 from mim_jax.training.loop import TrainingStopped, train
 from mim_jax.training.tree import flatten
-from tests.training.runs import losses_of, metrics_of, run, tiny
+from tests.training.runs import compilations, losses_of, metrics_of, run, tiny
 
 
 class Stop(Exception):
@@ -104,23 +104,9 @@ def test_signal_saves_the_step_and_the_run_goes_on(whole, tmp_path, number):
 
 
 def test_steady_state_never_compiles(tmp_path):
-    compiled_at = []
     steps = [0]
-
-    def on_event(name, seconds, **_):
-        if name == "/jax/core/compile/backend_compile_duration":
-            compiled_at.append(steps[0])
-
-    jax.config.update("jax_enable_compilation_cache", False)  # it would hide compilations
-    jax.monitoring.register_event_duration_secs_listener(on_event)
-    try:
+    with compilations(steps) as compiled_at:
         run(tmp_path, on_step=lambda step: steps.__setitem__(0, step), steps=20)
-    finally:
-        # The public API can only add listeners.
-        from jax._src import monitoring
-
-        monitoring.unregister_event_duration_listener(on_event)
-        jax.config.update("jax_enable_compilation_cache", True)
     assert compiled_at and 0 in compiled_at, "the listener saw no compilation at all"
     last = max(steps)
     assert [step for step in compiled_at if 2 < step < last] == []
