@@ -27,7 +27,8 @@ __all__ = ["batch_indices", "evaluation_batches", "steps_per_epoch", "train_batc
 
 Batch = dict[str, np.ndarray]
 Batches = Generator[Batch, None, None]
-TrainTransform = Callable[[np.ndarray, np.random.Generator], np.ndarray | Mapping[str, np.ndarray]]
+TrainTransform = Callable[[Any, np.random.Generator], np.ndarray | Mapping[str, np.ndarray]]
+EvaluationTransform = Callable[[Any], np.ndarray | Mapping[str, np.ndarray]]
 
 # A source that has this many bad examples in a row is broken as a whole.
 MAX_REPLACEMENTS = 100
@@ -69,10 +70,12 @@ def train_batches(
 
     Args:
         source: what to read; see `open_source`.
-        transform: `(image, rng) -> image`, such as `RandomResizedCrop`, or several images by
+        transform: `(image, rng) -> image`, such as `RandomResizedCrop`, or several arrays by
             name, such as `CropWithTarget`; it may use no other randomness, and all its results
-            must have one shape.
-        batch_size: rows per step over all processes.
+            must have one shape. With an attribute `whole_examples` that is true, it gets the
+            example of the source in place of its image. With an attribute `views`, its arrays
+            have so many views along a first axis, and each becomes a row of the batch.
+        batch_size: rows per step over all processes, the views of an example counted singly.
         seed: of the run, 0 <= seed < 2**64.
         start_step: first step to give.
         num_steps: how many batches to give, counted from `start_step`; None for no end.
@@ -94,7 +97,7 @@ def train_batches(
         A generator of dictionaries; call its `close()` to stop the threads and worker processes
         before its end.
             image: uint8 or uint16 `[local_batch, height, width, channels]`, as the source gives.
-            target_image: the same of another height and width, only if the transform gives it.
+            ...: what else the transform gives, such as `target_image`.
             label: int32 `[local_batch]`, or int8 `[local_batch, classes]` of several labels an
                 image (0 or 1 each), only if the source is labelled.
             index: int64 `[local_batch]`, the index of the row in the source (for an unreadable
@@ -108,6 +111,7 @@ def train_batches(
             `process_count`; a bad seed, step, or process index.
         RuntimeError: (while reading) too many unreadable examples in a row.
     """
+    batch_size = examples_per_batch(batch_size, transform)
     steps_per_epoch(len(source), batch_size)  # checks the sizes
     check_seed(seed)
     if start_step < 0 or (num_steps is not None and num_steps < 0):
@@ -125,7 +129,7 @@ def train_batches(
 
 def evaluation_batches(
     source: Source,
-    transform: Callable[[np.ndarray], np.ndarray],
+    transform: EvaluationTransform,
     *,
     batch_size: int,
     process_index: int = 0,
@@ -139,7 +143,8 @@ def evaluation_batches(
 
     Args:
         source: what to read; see `open_source`.
-        transform: `image -> image`, such as `EvaluationCrop`.
+        transform: `image -> image`, such as `EvaluationCrop`, or as for `train_batches`, without
+            views.
         batch_size: rows per batch over all processes.
         process_index: number of this process, which makes rows [p * B / P, (p + 1) * B / P).
         process_count: number of processes.
@@ -191,14 +196,15 @@ class _TrainRows:
         positions = positions[first:stop]
         indices = permuted_indices(positions, len(self.source), self.seed, epoch)
         generators = RowGenerators(self.seed)
-        batch = _BatchBuffer(stop - first)
+        batch = _BatchBuffer(stop - first, views_of(self.transform))
         for row, (index, position) in enumerate(
             zip(indices.tolist(), positions.tolist(), strict=True)
         ):
             clock.go_on_with(_LOAD)
             element, unreadable = readable_element(self.source, index, self.warned)
             clock.go_on_with(_AUGMENT)
-            image = self.transform(element["image"], generators.at(epoch, position))
+            given = _given(self.transform, element)
+            image = self.transform(given, generators.at(epoch, position))
             batch.put(row, index, image, element.get("label"), unreadable)
         clock.go_on_with(_OTHER)
         arrays = batch.arrays()
@@ -210,7 +216,7 @@ class _EvaluationRows:
     """Makes rows of an evaluation batch; picklable, and safe to call from several threads."""
 
     source: Source
-    transform: Callable[[np.ndarray], np.ndarray]
+    transform: EvaluationTransform
     batch_size: int
     total: int
     warned: set[int] = dataclasses.field(default_factory=set)
@@ -223,13 +229,12 @@ class _EvaluationRows:
         # A process that has no example left in the last batch still needs the image's shape.
         for row, index in enumerate(indices or [self.total - 1]):
             element, unreadable = readable_element(self.source, index, self.warned)
-            image = self.transform(element["image"])
+            image = self.transform(_given(self.transform, element))
             batch.put(row, index, image, element.get("label"), unreadable)
         arrays = batch.arrays()
         padding = slice(len(indices), None)
-        for key, fill in (("image", 0), ("label", -1), ("index", -1), ("unreadable", False)):
-            if key in arrays:
-                arrays[key][padding] = fill
+        for key, array in arrays.items():
+            array[padding] = {"label": -1, "index": -1}.get(key, 0)
         arrays["valid"] = (np.arange(stop - first) < len(indices)) & ~arrays["unreadable"]
         return arrays
 
@@ -237,10 +242,11 @@ class _EvaluationRows:
 class _BatchBuffer:
     """Collects rows into arrays that are allocated once the first image shows its shape."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, views: int | None = None) -> None:
         self._images: dict[str, np.ndarray] = {}
         self._labels: np.ndarray | None = None
         self._size = size
+        self._views = views
         self._indices = np.full(size, -1, np.int64)
         self._unreadable = np.zeros(size, bool)
 
@@ -264,8 +270,9 @@ class _BatchBuffer:
             rows = self._images[name]
             if given.shape != rows.shape[1:]:
                 raise ValueError(
-                    f"example {index} has shape {given.shape} after the transform, but the others "
-                    f"of its batch have {rows.shape[1:]}; the transform must give one shape"
+                    f"{name} of example {index} has shape {given.shape} after the transform, but "
+                    f"the others of its batch have {rows.shape[1:]}; the transform must give one "
+                    "shape"
                 )
             if given.dtype != rows.dtype:
                 raise ValueError(
@@ -282,7 +289,40 @@ class _BatchBuffer:
         arrays = {**self._images, "index": self._indices, "unreadable": self._unreadable}
         if self._labels is not None:
             arrays["label"] = self._labels
-        return arrays
+        if self._views is None:
+            return arrays
+        return {
+            name: array.reshape(-1, *array.shape[2:])
+            if name in self._images
+            else array.repeat(self._views, axis=0)
+            for name, array in arrays.items()
+        }
+
+
+def views_of(transform: TrainTransform) -> int | None:
+    """Return how many rows a transform makes of an example, None if it gives no such axis."""
+    return getattr(transform, "views", None)
+
+
+def examples_per_batch(batch_size: int, transform: TrainTransform) -> int:
+    """Return how many examples give the rows of a batch.
+
+    Raises:
+        ValueError: the views of an example do not fit a whole number of times.
+    """
+    views = views_of(transform) or 1
+    if batch_size % views:
+        raise ValueError(
+            f"batch_size {batch_size} is not divisible by the {views} views that are taken of an "
+            f"example; the nearest that are: {batch_size - batch_size % views or views} and "
+            f"{batch_size + -batch_size % views}"
+        )
+    return batch_size // views
+
+
+def _given(transform: Any, element: dict[str, Any]) -> Any:
+    """Return what a transform asks for: the example, or its image."""
+    return element if getattr(transform, "whole_examples", False) else element["image"]
 
 
 def readable_element(

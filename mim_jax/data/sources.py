@@ -18,6 +18,7 @@ from mim_jax.data.order import permuted_indices
 from mim_jax.data.records import Record, record_of
 from mim_jax.data.segmentation import segmentation_of
 from mim_jax.data.splits import slice_of, split_name_and_bounds
+from mim_jax.data.synthetic import open_synthetic
 from mim_jax.data.tar_shards import open_tar
 from mim_jax.data.tfds_source import open_tfds
 
@@ -27,6 +28,7 @@ _FULL_RANGE_16_OVER_8 = 257  # 65535 / 255
 
 _VALID_NAMES = (
     "'embedded' (the sample set in the package), 'fashion_mnist' (the full set), "
+    "'synthetic:NAME' (drawn by formulas), "
     "'tfds:NAME[/CONFIG][:VERSION]', 'folder:PATH', 'array_record:PATTERN', 'tar:PATTERN', "
     "'mix:SHARE*SOURCE+SHARE*SOURCE', or the path of an existing image folder"
 )
@@ -41,6 +43,8 @@ class Source(Protocol):
         class_names: in the order of the labels; None if unlabelled or unknown.
 
     A source may have, and is asked for by `getattr`:
+        kind: "image", which is meant without it, "volume" or "table": what transforms its examples
+            need.
         multi_label: True if an example may have several labels; without it, False.
         labels: of all examples as an array, where they are known without reading an example.
         record: a method that gives an example with its image still encoded, see
@@ -135,6 +139,7 @@ class SubsetSource:
         self.num_classes = source.num_classes
         self.class_names = source.class_names
         self.multi_label = getattr(source, "multi_label", False)
+        self.kind = getattr(source, "kind", "image")
         self._source = source
         self._indices = indices
 
@@ -174,6 +179,8 @@ def open_source(
         embedded: 4,000 train and 1,000 test images of Fashion-MNIST, in the package.
         fashion_mnist: the full set, from the Debian package `dataset-fashion-mnist` or from the
             folder in the environment variable `MIM_JAX_FASHION_MNIST`.
+        synthetic:NAME[:OPTION]: examples drawn by formulas, see `mim_jax.data.synthetic`. They
+            have the channels and bits of their kind.
         tfds:NAME[/CONFIG][:VERSION][?data_dir=FOLDER]: a TFDS data set prepared as ArrayRecord.
         folder:PATH, or the path of an existing folder: images in a folder, see
             `mim_jax.data.folder.open_folder` for splits, labels and segmentation maps.
@@ -214,7 +221,10 @@ def open_source(
     if kind == "mix":
         return open_mixture(text, split, functools.partial(open_source, **options))
     split_name, bounds = split_name_and_bounds(split)
-    source = _FILES[kind](text, split_name, **options)
+    if kind == "synthetic":
+        source = open_synthetic(text, split_name)
+    else:
+        source = _FILES[kind](text, split_name, **options)
     return source if bounds is None else _slice(source, split, bounds)
 
 
@@ -227,7 +237,7 @@ _FILES: dict[str, Callable[..., Source]] = {
     "array_record": open_array_record,
     "tar": open_tar,
 }
-_KINDS = ("tfds", "mix", *_FILES)
+_KINDS = ("tfds", "mix", "synthetic", *_FILES)
 
 
 def _kind_and_text(name: str) -> tuple[str, str]:

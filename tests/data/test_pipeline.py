@@ -95,6 +95,44 @@ def test_a_second_rendering_is_one_more_entry_and_changes_no_other(workers: int)
     assert_same(twice, plain)
 
 
+class TwoCorners:
+    """Two views of an example, and its label once more; no random numbers."""
+
+    whole_examples = True
+    views = 2
+
+    def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        image = example["image"]
+        return {
+            "image": np.stack([image[:4, :4], image[-4:, -4:]]),
+            "again": np.full((2, 3), example["label"], np.float32),
+        }
+
+
+def test_whole_examples_give_rows_for_each_of_their_views() -> None:
+    source = numbered_source(20)
+    two, one = (
+        collect(train_batches(source, TwoCorners(), batch_size=8, seed=3, num_steps=2, **share))
+        for share in ({}, {"process_index": 1, "process_count": 2})
+    )
+    for batch in two:
+        np.testing.assert_array_equal(batch["index"][::2], batch["index"][1::2])
+        np.testing.assert_array_equal(batch["label"], batch["index"])
+        np.testing.assert_array_equal(batch["again"], batch["label"][:, None].repeat(3, axis=1))
+        for row, index in enumerate(batch["index"]):
+            image = source[index]["image"]
+            expected = image[-4:, -4:] if row % 2 else image[:4, :4]
+            np.testing.assert_array_equal(batch["image"][row], expected)
+    for whole, part in zip(two, one, strict=True):
+        for name, array in part.items():
+            np.testing.assert_array_equal(array, whole[name][4:])
+
+
+def test_views_that_do_not_fill_a_batch_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"batch_size 7 .* the nearest that are: 6 and 8"):
+        train_batches(numbered_source(20), TwoCorners(), batch_size=7, seed=0)
+
+
 def test_unlabelled_source_gives_no_label() -> None:
     source = numbered_source(20, labelled=False)
     (batch,) = collect(train_batches(source, CROP, batch_size=6, seed=0, num_steps=1))
