@@ -65,6 +65,7 @@ def defaults() -> ml_collections.ConfigDict:
                 # "embedded", "fashion_mnist", "folder:PATH", "tfds:NAME" or another of the README.
                 source="embedded",
                 split="train",
+                # Height and width; of volumes, height, width and depth.
                 image_size=(224, 224),
                 channels=3,
                 # 8 or 16 bits a sample; 16 keeps what scanners and satellites measure.
@@ -96,7 +97,7 @@ def defaults() -> ml_collections.ConfigDict:
                 max_unreadable=0.01,
             ),
             optimizer=dict(
-                # "adamw" or "lars".
+                # "adamw", "adam" (its decay is part of the gradient) or "lars".
                 name="adamw",
                 # Learning rate at batch size 256; the rate is base_lr * batch_size / 256.
                 base_lr=1.5e-4,
@@ -111,12 +112,19 @@ def defaults() -> ml_collections.ConfigDict:
                 # LARS only.
                 momentum=0.9,
                 trust_coefficient=1e-3,
-                # Largest global gradient norm; 0 turns clipping off.
+                # Largest gradient norm over all parameters of a group; 0 turns clipping off.
                 clip_norm=0.0,
+                # The same rate from the first step to the last.
+                constant_rate=False,
                 # Settings of this list for a group that the method declares, by its name.
                 groups=dict(),
             ),
-            schedule=dict(warmup_epochs=40.0, min_lr=0.0),
+            schedule=dict(
+                warmup_epochs=40.0,
+                min_lr=0.0,
+                # Change the rate between epochs only, and reach it in the warm-up's last epoch.
+                by_epoch=False,
+            ),
             # Devices along each axis; -1 takes what is left.
             mesh=dict(data=-1, fsdp=1, tensor=1),
             sharding=dict(

@@ -26,12 +26,22 @@ DEFAULT_GROUP = "default"
 
 
 def warmup_cosine(
-    peak: float, *, min_lr: float, warmup_epochs: float, epochs: float, steps_per_epoch: float
+    peak: float,
+    *,
+    min_lr: float,
+    warmup_epochs: float,
+    epochs: float,
+    steps_per_epoch: float,
+    by_epoch: bool = False,
 ) -> Schedule:
     """Linear warm-up from exactly 0, then half a cosine, by the fractional epoch (MAE code).
 
     With e = step / steps_per_epoch: `peak * e / warmup` before the warm-up ends, and
     `min_lr + (peak - min_lr) * (1 + cos(pi (e - warmup) / (epochs - warmup))) / 2` after it.
+
+    With `by_epoch`, e is the number of the epoch, a whole number, and the warm-up is
+    `peak * e / (warmup - 1)`, so that its last epoch has the full rate already
+    (`LinearWarmupCosineAnnealingLR` of lightning-bolts).
 
     Raises:
         ValueError: if the warm-up is not shorter than the training.
@@ -44,9 +54,11 @@ def warmup_cosine(
 
     def rate(step: jax.Array) -> jax.Array:
         epoch = jnp.asarray(step, jnp.float32) / steps_per_epoch
+        if by_epoch:
+            epoch = jnp.floor(epoch + 1e-6)  # float32 may fall just short of a whole number
         share = (epoch - warmup_epochs) / (epochs - warmup_epochs)
         cosine = min_lr + (peak - min_lr) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(share, 0, 1)))
-        warmup = peak * epoch / max(warmup_epochs, 1e-9)
+        warmup = peak * epoch / max(warmup_epochs - by_epoch, 1e-9)
         return jnp.where(epoch < warmup_epochs, warmup, cosine)
 
     return rate
@@ -116,6 +128,18 @@ def adamw(
     )
 
 
+def adam(
+    config: ml_collections.ConfigDict, schedule: Schedule, no_decay: Sequence[str] = ()
+) -> optax.GradientTransformation:
+    """Adam whose decay is added to the gradient: an L2 penalty (PyTorch's `Adam`)."""
+    mask = decay_mask(no_decay, decay_all=config.decay_all)
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay, mask=mask),
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        scale_by_step_schedule(schedule),
+    )
+
+
 def lars(
     config: ml_collections.ConfigDict, schedule: Schedule, no_decay: Sequence[str] = ()
 ) -> optax.GradientTransformation:
@@ -134,7 +158,7 @@ def lars(
     )
 
 
-OPTIMIZERS = {"adamw": adamw, "lars": lars}
+OPTIMIZERS = {"adamw": adamw, "adam": adam, "lars": lars}
 
 
 def group_of(path: str, groups: Sequence[Group]) -> str:
@@ -150,7 +174,7 @@ def build_optimizer(
     no_decay: Sequence[str] = (),
     rate_scale: RateScale | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clipping by the global norm, each group's own optimizer, then the scale of each parameter.
+    """Each group's own clipping and optimizer, then the scale of each parameter.
 
     Args:
         config: `config.optimizer`.
@@ -176,7 +200,10 @@ def build_optimizer(
                 f"optimizer.name is {settings.name!r}; known are {', '.join(OPTIMIZERS)}."
             )
         transforms[name] = OPTIMIZERS[settings.name](settings, schedules[name], no_decay)
-    parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []
+        if settings.clip_norm > 0:
+            clip = optax.clip_by_global_norm(settings.clip_norm)
+            transforms[name] = optax.chain(clip, transforms[name])
+    parts = []
     if groups:
 
         def labels(params: Any) -> Any:
@@ -213,13 +240,19 @@ def build_schedules(
         steps_per_epoch: optimizer steps in an epoch.
         steps: optimizer steps in the run.
     """
-    return {
-        name: warmup_cosine(
-            peak_rate(group_settings(config.optimizer, groups, name), config.batch_size),
+
+    def schedule_of(name: str) -> Schedule:
+        settings = group_settings(config.optimizer, groups, name)
+        peak = peak_rate(settings, config.batch_size)
+        if settings.constant_rate:
+            return lambda step: jnp.asarray(peak, jnp.float32)
+        return warmup_cosine(
+            peak,
             min_lr=config.schedule.min_lr,
             warmup_epochs=config.schedule.warmup_epochs,
             epochs=steps / steps_per_epoch,
             steps_per_epoch=steps_per_epoch,
+            by_epoch=config.schedule.by_epoch,
         )
-        for name in [DEFAULT_GROUP, *(group.name for group in groups)]
-    }
+
+    return {name: schedule_of(name) for name in [DEFAULT_GROUP, *(group.name for group in groups)]}

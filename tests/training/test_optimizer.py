@@ -31,6 +31,18 @@ def test_schedule_without_warmup_starts_at_the_peak():
     np.testing.assert_allclose(rate(0), 2.0)
 
 
+def test_schedule_by_epoch_keeps_its_rate_within_an_epoch():
+    rate = warmup_cosine(
+        2.0, min_lr=0.0, warmup_epochs=5, epochs=15, steps_per_epoch=7, by_epoch=True
+    )
+    epochs = np.array([float(rate(7 * epoch)) for epoch in range(16)])
+    np.testing.assert_allclose(epochs[:6], [0, 0.5, 1, 1.5, 2, 2], atol=1e-6)
+    share = np.arange(11) / 10
+    np.testing.assert_allclose(epochs[5:], 1 + np.cos(np.pi * share), atol=1e-6)
+    within = [[float(rate(7 * epoch + step)) for step in range(7)] for epoch in range(15)]
+    np.testing.assert_array_equal(within, epochs[:15, None].repeat(7, axis=1))
+
+
 def test_warmup_longer_than_the_run_is_refused():
     with pytest.raises(ValueError, match=r"schedule.warmup_epochs is 40, but the run has 10"):
         warmup_cosine(1.0, min_lr=0, warmup_epochs=40, epochs=10, steps_per_epoch=5)
@@ -112,6 +124,45 @@ def test_lars_is_the_formula_also_when_the_rate_changes():
             np.testing.assert_allclose(ours[name], expected[name], rtol=1e-4, atol=1e-6)
 
 
+def test_adam_adds_the_decay_to_the_gradient():
+    torch = pytest.importorskip("torch")
+    config = configs.defaults().optimizer
+    config.update(name="adam", weight_decay=0.1, decay_all=True, b2=0.999)
+    params = {"kernel": jnp.array([[0.5, -2.0]]), "bias": jnp.array([1.0])}
+    optimizer = build_optimizer(config, (), {"default": lambda step: 0.01})
+    state = optimizer.init(params)
+    theirs = {name: torch.nn.Parameter(torch.tensor(np.array(p))) for name, p in params.items()}
+    reference = torch.optim.Adam(theirs.values(), lr=0.01, weight_decay=0.1)
+    for step in range(3):
+        gradients = {name: jnp.sin(p * (step + 1)) for name, p in params.items()}
+        for name, p in theirs.items():
+            p.grad = torch.tensor(np.array(gradients[name]))
+        reference.step()
+        updates, state = optimizer.update(gradients, state, params, step=step)
+        params = optax.apply_updates(params, updates)
+        for name, p in theirs.items():
+            np.testing.assert_allclose(params[name], p.detach().numpy(), rtol=1e-6)
+
+
+def test_each_group_is_clipped_by_its_own_norm_and_may_keep_its_rate():
+    config = configs.defaults()
+    config.optimizer.update(name="lars", lr=1.0, clip_norm=1.0, weight_decay=0.0, momentum=0.0)
+    config.schedule.warmup_epochs = 1.0
+    settings = {"clip_norm": 2.0, "constant_rate": True, "lr": 0.5}
+    groups = (Group("critic", "^critic", settings),)
+    schedules = build_schedules(config, groups, steps_per_epoch=4, steps=12)
+    assert [float(schedules["critic"](step)) for step in (0, 5, 11)] == [0.5, 0.5, 0.5]
+    optimizer = build_optimizer(config.optimizer, groups, schedules)
+    params = {"critic": {"bias": jnp.zeros(2)}, "rest": {"bias": jnp.zeros(2)}}
+    gradients = {
+        "critic": {"bias": jnp.array([30.0, 40.0])},
+        "rest": {"bias": jnp.array([3.0, 4.0])},
+    }
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params, step=4)
+    np.testing.assert_allclose(updates["critic"]["bias"], [-0.6, -0.8], rtol=1e-6)
+    np.testing.assert_allclose(updates["rest"]["bias"], [-0.6, -0.8], rtol=1e-6)
+
+
 def test_first_matching_group_wins():
     groups = (Group("heads", r"head"), Group("rest", r".*"))
     assert group_of("model/head/kernel", groups) == "heads"
@@ -134,7 +185,7 @@ def test_settings_of_a_group_are_the_methods_then_the_users():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("name", "sgd", "optimizer.name is 'sgd'; known are adamw, lars"),
+        ("name", "sgd", "optimizer.name is 'sgd'; known are adamw, adam, lars"),
         ("groups", {"nobody": {}}, r"sets \['nobody'\], but the method's groups are \['default'\]"),
     ],
 )
