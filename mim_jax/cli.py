@@ -24,6 +24,7 @@ mim-jax: masked image modelling in JAX and Flax
 
   mim-jax train    --config mae:tiny [--workdir DIR]   train, or go on where a run stopped
   mim-jax evaluate --run DIR --protocol knn,linear     score the features of a run
+  mim-jax visualize --run DIR --output DIR             pictures of what the model makes of images
   mim-jax replay   --run DIR --step 1200               what happened in one step of a run
   mim-jax verify   --config mae:tiny                   does it train here as it should?
   mim-jax inspect  --config mae:vit_l16                parameters, sharding, bytes, FLOPs
@@ -192,6 +193,33 @@ def _inspect(arguments: list[str]) -> int:
     # In a file or a pipe there is no width to keep to, and paths are best read in one piece.
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(*inspection(config), sep="\n")
+    return 0
+
+
+def _visualize(arguments: list[str]) -> int:
+    values = flags.FlagValues()
+    flags.DEFINE_string("run", None, "Folder of a run.", flag_values=values)
+    flags.DEFINE_integer("step", None, "Checkpoint; the newest by default.", flag_values=values)
+    flags.DEFINE_string("output", None, "Folder for the pictures.", flag_values=values)
+    flags.DEFINE_string("data", None, "Data in place of the run's.", flag_values=values)
+    flags.DEFINE_string("split", None, "Of the data, such as test[:10%].", flag_values=values)
+    flags.DEFINE_integer("rows", 8, "Examples to show.", lower_bound=1, flag_values=values)
+    _parse_only(values, "visualize", arguments)
+    _require(values, "visualize", "run")
+    _require(values, "visualize", "output")
+    _start_jax()
+    from mim_jax.training.gallery import visualize
+
+    files = visualize(
+        Path(values.run),
+        Path(values.output),
+        step=values.step,
+        data=values.data,
+        split=values.split,
+        rows=values.rows,
+    )
+    for file in files:
+        print(f"picture: {file}")
     return 0
 
 
@@ -395,6 +423,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": _evaluate,
     "inspect": _inspect,
     "convert": _convert,
+    "visualize": _visualize,
     "replay": _replay,
     "verify": _verify,
     "data": _data,

@@ -108,6 +108,7 @@ def test_help_of_a_verb_lists_its_flags(capsys, verb, flag):
         "evaluate": "protocol",
         "inspect": "devices",
         "convert": "output",
+        "visualize": "rows",
         "data": "source",
         "replay": "step",
         "verify": "config",

@@ -62,7 +62,8 @@ class MixtureSource:
             shares: positive, of each source; only their proportion counts.
 
         Raises:
-            ValueError: no source, an empty source, or a share that is not positive.
+            ValueError: no source, an empty source, a share that is not positive, or sources of
+                several kinds.
         """
         _check_members(name, sources, shares)
         weights = whole_shares(shares)
@@ -71,6 +72,7 @@ class MixtureSource:
         self.num_classes: int | None = None
         self.class_names: tuple[str, ...] | None = None
         self.multi_label = False
+        self.kind = getattr(sources[0], "kind", "image")
         self._sources = tuple(sources)
         self._weights = weights
         self._turns, self._turn_ranks = turns(weights)
@@ -289,3 +291,6 @@ def _check_members(name: str, sources: Sequence["Source"], shares: Sequence[Frac
             )
         if not len(source):
             raise ValueError(f"{source.name} has no examples, so it cannot have a share")
+    kinds = {getattr(source, "kind", "image") for source in sources}
+    if len(kinds) > 1:
+        raise ValueError(f"{name} mixes examples of the kinds {', '.join(sorted(kinds))}")

@@ -15,6 +15,7 @@ from mim_jax.data import (
     open_source,
     train_batches,
 )
+from mim_jax.data.pipeline import EvaluationTransform
 from mim_jax.data.segmentation import IGNORED_PATCH, patch_classes, segmentation_of
 
 PROBE_AREA = (0.08, 1.0)
@@ -55,8 +56,21 @@ def centre_crops(
         FileNotFoundError: as for `labelled_source`.
     """
     source, _ = labelled_source(config, split)
-    crop = evaluation_crop(config, largest_side=largest_side)
+    crop = evaluation_transform(config, source, largest_side=largest_side)
     return _with_labels(_all_examples(config, source, crop), source, split)
+
+
+def evaluation_transform(
+    config: ml_collections.ConfigDict, source: Source, *, largest_side: int | None = None
+) -> EvaluationTransform:
+    """What `config.evaluate` makes of the examples of a source.
+
+    Args:
+        config: a complete config.
+        source: tells by its `kind` what its examples are.
+        largest_side: as for `centre_crops`.
+    """
+    return evaluation_crop(config, largest_side=largest_side)
 
 
 def evaluation_crop(
@@ -164,7 +178,7 @@ def _source(config: ml_collections.ConfigDict, split: str) -> Source:
 
 
 def _all_examples(
-    config: ml_collections.ConfigDict, source: Source, crop: EvaluationCrop
+    config: ml_collections.ConfigDict, source: Source, crop: EvaluationTransform
 ) -> Generator:
     return evaluation_batches(
         source, crop, batch_size=config.evaluate.batch_size, workers=config.data.workers

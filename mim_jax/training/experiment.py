@@ -23,7 +23,7 @@ from mim_jax.data import (
 from mim_jax.data.color_jitter import ColorJitter
 from mim_jax.data.keep_ratio_crop import KeepRatioCrop
 from mim_jax.data.on_device import normalize, random_flip
-from mim_jax.data.pipeline import Batches, TrainTransform
+from mim_jax.data.pipeline import Batches, TrainTransform, views_of
 from mim_jax.data.rand_augment import Composed, RandAugment
 from mim_jax.data.transforms import CropWithTarget
 from mim_jax.method import Batch, Method, method_class
@@ -33,6 +33,9 @@ from mim_jax.training.optimizer import Schedule, build_optimizer, build_schedule
 from mim_jax.training.state import TrainState, init_state
 
 HostShapes = Mapping[str, Any]
+
+PICTURES = ("image", "target_image")
+"""Batch entries that hold samples of 8 or 16 bits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Experiment:
 
         Args:
             config: a complete config.
-            examples: number of training examples.
+            examples: number of training examples, or of all their views, see `training_rows`.
             devices: devices to use; all by default.
 
         Raises:
@@ -120,11 +123,10 @@ class Experiment:
         """A batch of zeros without memory of its own, where no data are at hand."""
         rows = self.config.batch_size
         samples = np.uint16 if self.config.data.bits == 16 else np.uint8
-        pictures = ("image", "target_image")
         kinds = {"float": np.float32, "int": np.int32}
         return {
             name: np.broadcast_to(
-                np.zeros((), samples if name in pictures else kinds[wanted.dtype]),
+                np.zeros((), samples if name in PICTURES else kinds[wanted.dtype]),
                 (rows, *(size or 1 for size in wanted.shape)),
             )
             for name, wanted in self.method.inputs.items()
@@ -136,14 +138,19 @@ class Experiment:
         A `target_image` is flipped where its `image` is, and scaled to [0, 1]; what else the
         network that reads it expects, the method applies.
         """
+        if not self.config.data.flip:
+            return self.normalized(batch)
+        images = {name: random_flip(rng, batch[name]) for name in PICTURES if name in batch}
+        return self.normalized({**batch, **images})
+
+    def normalized(self, batch: Batch) -> Batch:
+        """`prepare` without anything random."""
         data = self.config.data
         statistics = {"image": (data.mean, data.std), "target_image": ((0.0,), (1.0,))}
-        prepared = dict(batch)
-        for name, (mean, std) in statistics.items():
-            if name in batch:
-                images = random_flip(rng, batch[name]) if data.flip else batch[name]
-                prepared[name] = normalize(images, mean, std)
-        return prepared
+        return {
+            name: normalize(array, *statistics[name]) if name in statistics else array
+            for name, array in batch.items()
+        }
 
     def _initial(self, shapes: HostShapes) -> TrainState:
         batch = {
@@ -262,7 +269,7 @@ def training_batches(
     """The batches that this process trains on, see `mim_jax.data.train_batches`."""
     return train_batches(
         source,
-        training_crop(config),
+        training_transform(config, source),
         batch_size=config.batch_size,
         seed=config.seed,
         start_step=start_step,
@@ -272,6 +279,16 @@ def training_batches(
         workers=config.data.workers,
         timed=timed,
     )
+
+
+def training_transform(config: ml_collections.ConfigDict, source: Source) -> TrainTransform:
+    """What makes rows of a training batch from the examples of a source."""
+    return training_crop(config)
+
+
+def training_rows(config: ml_collections.ConfigDict, source: Source) -> int:
+    """Rows that an epoch has: the examples of a source, or all their views."""
+    return len(source) * (views_of(training_transform(config, source)) or 1)
 
 
 def training_crop(config: ml_collections.ConfigDict) -> TrainTransform:

@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import ml_collections
@@ -19,32 +18,37 @@ from rich.console import Console
 
 from mim_jax import config as configs
 from mim_jax.conversion.export import check_formats, export_variables
-from mim_jax.data import EvaluationCrop, Source, evaluation_batches, open_source
-from mim_jax.data.on_device import denormalize, normalize
-from mim_jax.data.sources import SubsetSource
+from mim_jax.data import Source
 from mim_jax.evaluation.classification import draw_confusion
 from mim_jax.evaluation.labelled_data import labelled_source
 from mim_jax.evaluation.protocols import check_protocols, compare_with_baselines, evaluate
-from mim_jax.method import Picture
 from mim_jax.training.bottleneck import DataDoctor
 from mim_jax.training.checkpoints import Checkpoints, read_variables
 from mim_jax.training.derived import as_text, derive
-from mim_jax.training.experiment import Experiment, training_batches, training_source
+from mim_jax.training.experiment import (
+    Experiment,
+    training_batches,
+    training_rows,
+    training_source,
+)
 from mim_jax.training.feed import DeviceBatch, DeviceFeed, HostBatch
 from mim_jax.training.flops import peak_flops_of
+from mim_jax.training.gallery import (
+    PictureFunction,
+    drawn,
+    picture_batch,
+    picture_function,
+    picture_source,
+)
 from mim_jax.training.interruption import Interrupted, Interruption
-from mim_jax.training.pictures import picture_grid
 from mim_jax.training.run_log import RunLog
 from mim_jax.training.sharding import batch_sharding
 from mim_jax.training.state import TrainState
-from mim_jax.training.step import stream_keys
 from mim_jax.training.stretch import first_state
 from mim_jax.training.versions import versions
 
 STEPS_LATE = 2
 """How many steps later metrics are fetched, so that the host never waits for the newest step."""
-
-PICTURE_ROWS = 8
 
 Metrics = dict[str, jax.Array]
 
@@ -99,7 +103,7 @@ def train(
     folder = Path(folder)
     config, settings = derive(config, folder, devices)
     source = training_source(config)
-    experiment = Experiment.build(config, len(source), devices)
+    experiment = Experiment.build(config, training_rows(config, source), devices)
     check_protocols(config.evaluate.protocols, experiment.method)
     if config.evaluate.protocols:
         for split in (config.evaluate.train_split, config.evaluate.test_split):
@@ -322,23 +326,13 @@ class _Run:
     def _pictures(self, state: TrainState, step: int) -> None:
         if not self.config.log.pictures_every_steps:
             return
-        data = self.config.data
         for name, picture in self._picture_function(state.variables).items():
-            columns = {
-                title: np.asarray(denormalize(images, data.mean, data.std))
-                for title, images in picture.columns.items()
-            }
-            self.picture_path = self.log.picture(step, name, picture_grid(columns, picture.caption))
+            self.picture_path = self.log.picture(step, name, drawn(picture, self.config))
 
     @functools.cached_property
-    def _picture_function(self) -> Callable[[Any], dict[str, Picture]]:
-        """Pictures of the same images with the same masks every time."""
-        config, method = self.config, self.experiment.method
-        images = jax.numpy.asarray(_sample_images(config, self.source))
-        images = normalize(images, config.data.mean, config.data.std)
-        rngs = stream_keys(jax.random.key(config.seed), method.streams)
-        compiled = jax.jit(lambda variables, batch: method.pictures(variables, batch, rngs))
-        return lambda variables: compiled(variables, {"image": images})
+    def _picture_function(self) -> PictureFunction:
+        batch = picture_batch(self.config, picture_source(self.config))
+        return picture_function(self.experiment, batch)
 
     def _scores(self, state: TrainState, step: int) -> dict[str, float] | None:
         """Evaluation at the set interval, or None."""
@@ -449,28 +443,6 @@ class _Meter:
         }
         self._restart()
         return line
-
-
-def _sample_images(config: ml_collections.ConfigDict, source: Source) -> np.ndarray:
-    """A few images for pictures: of the test split if the config evaluates, else of training."""
-    if config.evaluate.protocols:
-        source = open_source(
-            config.evaluate.source or config.data.source,
-            config.evaluate.test_split,
-            channels=config.data.channels,
-            bits=config.data.bits,
-            backend=config.data.backend,
-        )
-    crop = EvaluationCrop(
-        tuple(config.data.image_size),
-        crop_ratio=config.evaluate.crop_ratio,
-        backend=config.data.backend,
-    )
-    rows = min(PICTURE_ROWS, len(source))
-    # Evenly spread: a folder is sorted by class.
-    source = SubsetSource(source, source.name, np.linspace(0, len(source) - 1, rows).astype(int))
-    with contextlib.closing(evaluation_batches(source, crop, batch_size=rows, limit=rows)) as few:
-        return next(few)["image"]
 
 
 def _write_about(folder: Path, config: ml_collections.ConfigDict, log: RunLog) -> None:

@@ -30,7 +30,12 @@ from mim_jax.method import Batch
 from mim_jax.training.activations import Activation, activations
 from mim_jax.training.checkpoints import Checkpoints, checkpoint_steps
 from mim_jax.training.contact_sheet import contact_sheet
-from mim_jax.training.experiment import Experiment, training_batches, training_source
+from mim_jax.training.experiment import (
+    Experiment,
+    training_batches,
+    training_rows,
+    training_source,
+)
 from mim_jax.training.feed import HostBatch
 from mim_jax.training.run_log import read_metrics
 from mim_jax.training.state import TrainState
@@ -124,7 +129,7 @@ def replay(
     run = Path(run)
     config, notes = _config_of_step(run, step)
     source = training_source(config)
-    experiment = _on_one_device(config, len(source))
+    experiment = _on_one_device(config, training_rows(config, source))
     logged = {line["step"]: line for line in read_metrics(run) if "loss" in line}
     if not 1 <= step <= experiment.total_steps:
         raise ValueError(

@@ -12,7 +12,12 @@ from rich.table import Table
 
 from mim_jax.data import Source
 from mim_jax.data.decode import choose_backend
-from mim_jax.training.experiment import Experiment, training_batches, training_source
+from mim_jax.training.experiment import (
+    Experiment,
+    training_batches,
+    training_rows,
+    training_source,
+)
 from mim_jax.training.stretch import first_state, take_steps, without_host_entries
 from mim_jax.training.versions import versions
 
@@ -67,7 +72,7 @@ def verify(
     config = config.copy_and_resolve_references()
     config.compute_dtype = _compute_dtype(config)
     source = training_source(config)
-    experiment = Experiment.build(config, len(source), devices)
+    experiment = Experiment.build(config, training_rows(config, source), devices)
     last_step = max(expected)
     if last_step > experiment.total_steps:
         raise ValueError(

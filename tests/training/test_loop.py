@@ -17,6 +17,7 @@ from mim_jax.methods.mae import MAE
 from mim_jax.training import loop
 from mim_jax.training.checkpoints import Checkpoints, read_variables
 from mim_jax.training.experiment import Experiment
+from mim_jax.training.gallery import visualize
 from mim_jax.training.interruption import Interrupted
 from mim_jax.training.loop import TrainingStopped, train
 from mim_jax.training.tree import flatten
@@ -152,6 +153,11 @@ def test_pictures_are_written_at_the_interval_and_at_the_end(tmp_path):
     assert result.picture == tmp_path / "pictures" / names[-1]
     with Image.open(result.picture) as picture:
         assert picture.mode == "RGB" and min(picture.size) > 300
+        last = np.asarray(picture)
+    (file,) = visualize(tmp_path, tmp_path / "again")
+    np.testing.assert_array_equal(np.asarray(Image.open(file)), last)
+    (few,) = visualize(tmp_path, tmp_path / "few", data="embedded", split="test[:3]", rows=5)
+    assert Image.open(few).size[1] < last.shape[0]
     assert list((tmp_path / "tensorboard").iterdir())
 
 
