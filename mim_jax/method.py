@@ -85,7 +85,8 @@ class Input:
 
     Attributes:
         shape: expected shape without the batch axis; None where any size will do.
-        dtype: "float" or "int"; uint8 images count as "float", since the train step makes them so.
+        dtype: "float" or "int"; uint8 images count as "float", since the train step makes them so,
+            and truth values as "int".
     """
 
     shape: tuple[int | None, ...]
@@ -286,7 +287,7 @@ class Method(abc.ABC):
                 )
             given = batch[name]
             kind = "f" if str(given.dtype) == "bfloat16" else np.dtype(given.dtype).kind
-            if kind not in ("iu" if wanted.dtype == "int" else "fu"):
+            if kind not in ("iub" if wanted.dtype == "int" else "fu"):
                 raise ValueError(
                     f"batch entry {name!r} has type {given.dtype}; expected {wanted.dtype}."
                 )
@@ -308,13 +309,18 @@ def _mend_of_target(wanted: Input) -> str:
     return f" Set data.target_size to {wanted.shape[:2]}."
 
 
-def parameter_shapes(method: Method) -> Any:
-    """The parameters of a method as shapes, without computing them."""
+def variable_shapes(method: Method) -> Any:
+    """The variables of a method as shapes, without computing them."""
     batch: Any = {
         name: jax.ShapeDtypeStruct((1, *(size or 1 for size in wanted.shape)), np.float32)
         for name, wanted in method.inputs.items()
     }
-    return jax.eval_shape(lambda: method.init(jax.random.key(0), batch))["params"]
+    return jax.eval_shape(lambda: method.init(jax.random.key(0), batch))
+
+
+def parameter_shapes(method: Method) -> Any:
+    """The parameters of a method as shapes, without computing them."""
+    return variable_shapes(method)["params"]
 
 
 _REGISTRY: dict[str, type[Method]] = {}

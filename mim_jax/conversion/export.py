@@ -93,15 +93,19 @@ def export_variables(
     model = Model(method, config, flatten(variables["params"]))
     kind = find_format(format, model)
     held = kind.held(model) if kind is not OFFICIAL else _officially_held(model)
-    own = unflatten({path: model.params[path] for path in held})
     table = kind.table(model)
+    params = unflatten({path: model.params[path] for path in held})
+    own = table.joined({**variables, "params": params})
     state = table.save(own)
     kind.write(output, state, model)
-    again = flatten(table.load(split_biases(read_weights(output).state, table), own))
-    for path in sorted(held):
-        if not np.array_equal(again[path], model.params[path]):
+    loaded = table.load(split_biases(read_weights(output).state, table), own)
+    again = flatten(loaded)
+    for path, value in sorted(flatten(own).items()):
+        if not np.array_equal(again[path], value):
             raise ValueError(f"{output} does not give {path} back exactly; do not use it.")
-    merged = {**variables, "params": unflatten({**model.params, **again})}
+    apart = table.parted(loaded)
+    params = unflatten({**model.params, **flatten(apart["params"])})
+    merged = {**variables, **apart, "params": params}
     exact = check.in_float32(config, type(method))
     notes = [
         *_left_out(model, held),

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from mim_jax.conversion.torchscript import is_torchscript, read_torchscript
 
-TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".pth.tar")
+TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".pth.tar")
 
 WRAPPERS = ("model", "state_dict")
 """Keys under which training code stores the state dict beside its optimizer."""
@@ -29,8 +29,9 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     """Arrays by official key.
 
     Args:
-        path: a `.safetensors`, `.pth`, `.pt`, `.bin` or `.pth.tar` file. A `.pth` that holds a
-            whole training state is read for its `model`. Prefixes of `PREFIXES` are left out.
+        path: a `.safetensors`, `.pth`, `.pt`, `.bin`, `.ckpt` or `.pth.tar` file. One that holds
+            a whole training state is read for the first of `WRAPPERS` that it has. Prefixes of
+            `PREFIXES` are left out.
 
     Raises:
         FileNotFoundError: if there is no such file.

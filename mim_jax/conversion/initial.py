@@ -10,10 +10,13 @@ import numpy as np
 
 from mim_jax import config as configs
 from mim_jax.conversion.weights import read_weights
-from mim_jax.method import Method, method_class, parameter_shapes
+from mim_jax.method import Method, method_class, variable_shapes
 from mim_jax.training.checkpoints import FOLDER, read_variables
 from mim_jax.training.state import TrainState, start_ema
 from mim_jax.training.tree import differences, flatten, unflatten
+
+BATCH_STATISTICS = "batch_stats"
+"""The collection that belongs to the parameters of the same modules."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +66,11 @@ def _donor_from_weights(path: str, method: Method) -> Donor:
         method = method.sized_like(state, weights.sizes)
         layout = method.layout()
         assert layout is not None
-        params = layout.load(state, parameter_shapes(method))
+        loaded = layout.load(state, layout.joined(variable_shapes(method)))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     left_out = tuple(layout.left_out(state))
-    return Donor(path, method, flatten({"params": params}), left_out, weights.notes)
+    return Donor(path, method, flatten(layout.parted(loaded)), left_out, weights.notes)
 
 
 def initialize_from(path: str, method: Method, state: TrainState) -> tuple[TrainState, list[str]]:
@@ -150,13 +153,17 @@ def _adopted(
         {k.removeprefix(start): v for k, v in donor.variables.items() if k.startswith(start)}
     )
     same = type(donor.method) is type(method)
-    found = {}
+    found: dict[str, np.ndarray] = {}
     used = set()
-    for name in names:
+    # Parameters first, since batch statistics go with those of the same module.
+    for name in sorted(names, key=lambda name: not name.startswith(start)):
         if name.startswith(start):
             value = method.adopt(name.removeprefix(start), params, donor.method)
         else:
-            value = donor.variables.get(name) if same else None
+            collection, _, path = name.partition("/")
+            module = f"{start}{path.rpartition('/')[0]}/"
+            shared = collection == BATCH_STATISTICS and any(x.startswith(module) for x in found)
+            value = donor.variables.get(name) if same or shared else None
             used.add(name)
         if value is not None:
             found[name] = value

@@ -99,12 +99,26 @@ class Layout:
             release); their parameters are then left out of the result.
         unused: regular expressions of keys that a file may hold and this model has no place for
             (the decoder, for a classifier); see `left_out`.
+        collections: mutable collections that the file holds as well, such as `batch_stats`. Paths
+            of their arrays begin with the collection: what `load` and `save` call parameters has
+            them beside the parameters.
     """
 
     rules: tuple[Rule, ...]
     constants: tuple[Constant, ...] = ()
     optional: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    collections: tuple[str, ...] = ()
+
+    def joined(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """What `load` and `save` call parameters, of Linen variables."""
+        return {**variables["params"], **{name: variables[name] for name in self.collections}}
+
+    def parted(self, joined: Mapping[str, Any]) -> dict[str, Any]:
+        """The Linen variables that `joined` was given; collections that are absent stay so."""
+        apart = {name: joined[name] for name in self.collections if name in joined}
+        params = {name: part for name, part in joined.items() if name not in self.collections}
+        return {"params": params, **apart}
 
     def left_out(self, state: Mapping[str, Array]) -> list[str]:
         """Keys of an official state dict that `load` passes over, sorted."""

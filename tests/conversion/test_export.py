@@ -8,7 +8,7 @@ import pytest
 from mim_jax.conversion import check, export
 from mim_jax.conversion.export import FORMATS, export_variables
 from mim_jax.conversion.files import read_state_dict, write_state_dict
-from mim_jax.conversion.initial import parameter_shapes
+from mim_jax.method import parameter_shapes
 from mim_jax.training.tree import flatten
 from tests.conversion.libraries import need_timm, need_transformers
 from tests.conversion.models import build, classifier_config, mae_config, variables

@@ -120,7 +120,7 @@ class TestWithPyTorch:
         self.torch.save(content, path)
         return path
 
-    @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".pth.tar"])
+    @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".ckpt", ".pth.tar"])
     def test_round_trip_is_exact(self, tmp_path, suffix):
         write_state_dict(tmp_path / f"x{suffix}", STATE)
         assert_equal(read_state_dict(tmp_path / f"x{suffix}"))

@@ -13,8 +13,8 @@ from mim_jax.conversion.check import TOLERANCE, fixed_noise, largest_difference,
 from mim_jax.conversion.export import FORMATS
 from mim_jax.conversion.files import read_state_dict
 from mim_jax.conversion.huggingface import from_huggingface, to_huggingface
-from mim_jax.conversion.initial import parameter_shapes
 from mim_jax.conversion.weights import read_weights
+from mim_jax.method import parameter_shapes
 from mim_jax.training.tree import flatten
 from tests.conversion.libraries import need_transformers
 from tests.conversion.models import build, classifier_config, mae_config, variables, written

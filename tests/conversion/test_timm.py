@@ -9,9 +9,9 @@ import pytest
 from mim_jax.conversion.check import TOLERANCE, fixed_noise, largest_difference, outputs
 from mim_jax.conversion.export import FORMATS
 from mim_jax.conversion.files import read_state_dict, write_state_dict
-from mim_jax.conversion.initial import parameter_shapes
 from mim_jax.conversion.timm_models import ARCHITECTURE, is_timm, read_arguments
 from mim_jax.conversion.weights import read_weights
+from mim_jax.method import parameter_shapes
 from mim_jax.training.tree import flatten
 from tests.conversion.libraries import need_timm
 from tests.conversion.models import build, classifier_config, mae_config, variables, written
