@@ -28,14 +28,12 @@ class CrossAttention(nn.Module):
         head_width: width of a head; None divides the width by the heads.
         dtype: compute type of matrix products.
         implementation: of `jax.nn.dot_product_attention`.
-        biased: which projections have a bias; TIP's value has none.
     """
 
     heads: int
     head_width: int | None = None
     dtype: Any = jnp.float32
     implementation: Any = None
-    biased: tuple[str, ...] = ("query", "value")
 
     @nn.compact
     def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -60,7 +58,7 @@ class CrossAttention(nn.Module):
                 heads, use_bias=False, kernel_init=xavier, dtype=self.dtype, name=name
             )
             projected = projection(token_rows(x)).reshape(*x.shape[:-1], *heads)
-            if name not in self.biased:
+            if name == "key":
                 return projected
             bias = self.param(f"{name}_bias", nn.initializers.zeros, heads)
             return projected + bias.astype(projected.dtype)

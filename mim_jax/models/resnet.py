@@ -97,10 +97,9 @@ class ResNetBlock(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps `[batch, rows, columns, channels]` to `[batch, rows / stride, ...]`."""
         outputs = self.width * (EXPANSION if self.bottleneck else 1)
+        sizes = [(self.width, 3, self.stride), (outputs, 3, 1)]
         if self.bottleneck:
-            sizes = ((self.width, 1, 1), (self.width, 3, self.stride), (outputs, 1, 1))
-        else:
-            sizes = ((self.width, 3, self.stride), (outputs, 3, 1))
+            sizes = [(self.width, 1, 1), (self.width, 3, self.stride), (outputs, 1, 1)]
         branch = x
         for i, (width, size, stride) in enumerate(sizes, 1):
             branch = convolution(width, size, stride, self.dtype, f"conv{i}")(branch)
@@ -136,7 +135,7 @@ class ResNet(nn.Module):
     @property
     def width(self) -> int:
         """Channels of the last map."""
-        return self.base * 2 ** (len(self.depths) - 1) * (EXPANSION if self.bottleneck else 1)
+        return self.stage_width(len(self.depths) - 1)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -144,6 +143,10 @@ class ResNet(nn.Module):
         shrink = 2 ** (len(self.depths) + 1)
         rows, columns = (-(-side // shrink) for side in self.image_size)
         return rows, columns
+
+    def stage_width(self, stage: int) -> int:
+        """Channels of the map that a stage gives, counted from 0."""
+        return self.base * 2**stage * (EXPANSION if self.bottleneck else 1)
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
