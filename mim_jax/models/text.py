@@ -45,19 +45,24 @@ class TextTower(nn.Module):
     end_token: int | None = None
 
     @nn.compact
-    def __call__(self, ids: jax.Array) -> Read:
+    def __call__(self, ids: jax.Array, inserted: jax.Array | None = None, place: int = 0) -> Read:
         """Reads texts.
 
         Args:
             ids: int `[batch, length]` or shorter; what comes after the first end-of-text token
                 does not change what `pooled` says.
+            inserted: `[batch, tokens, width]`, embeddings that come into the text as more tokens,
+                such as learned ones; None for none. The end of the text lies behind them.
+            place: how many tokens of the text are before them.
 
         Raises:
             ValueError: if the texts are longer than `length`, or the blocks not causal.
         """
-        if ids.shape[1] > self.length:
+        extra = 0 if inserted is None else inserted.shape[1]
+        length = ids.shape[1] + extra
+        if length > self.length:
             raise ValueError(
-                f"texts have {ids.shape[1]} tokens, but the tower reads {self.length}: cut them."
+                f"texts have {length} tokens, but the tower reads {self.length}: cut them."
             )
         if not self.transformer.causal:
             raise ValueError("a text tower needs blocks that are causal.")
@@ -65,11 +70,13 @@ class TextTower(nn.Module):
         normal = nn.initializers.normal
         embedding = self.param("token_embedding", normal(0.02), (self.vocabulary, self.width))
         positions = self.param("positions", normal(0.01), (self.length, self.width))
-        x = embedding[ids] + positions[: ids.shape[1]]
-        x, outputs = blocks(x.astype(blocks.dtype))
+        x = embedding[ids]
+        if inserted is not None:
+            x = jnp.concatenate([x[:, :place], inserted, x[:, place:]], axis=1)
+        x, outputs = blocks((x + positions[:length]).astype(blocks.dtype))
         tokens = layer_norm("norm", blocks.dtype, blocks.epsilon)(x)
         # `argmax` gives the first of equal ones.
-        end = jnp.argmax(ids if self.end_token is None else ids == self.end_token, axis=1)
+        end = jnp.argmax(ids if self.end_token is None else ids == self.end_token, axis=1) + extra
         pooled = jnp.take_along_axis(tokens, end[:, None, None], axis=1)[:, 0]
         if self.outputs:
             pooled = nn.Dense(self.outputs, use_bias=False, dtype=blocks.dtype, name="projection")(

@@ -60,7 +60,7 @@ class RelativePositionBias(nn.Module):
         heads: attention heads.
     """
 
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     heads: int
 
     @nn.compact
@@ -71,7 +71,7 @@ class RelativePositionBias(nn.Module):
         return table[index].transpose(2, 0, 1)[None]
 
 
-def relative_position_index(grid: tuple[int, int]) -> np.ndarray:
+def relative_position_index(grid: tuple[int, ...]) -> np.ndarray:
     """Rows of the table of `RelativePositionBias`, int `[1 + tokens, 1 + tokens]` (BEiT code)."""
     rows, columns = grid
     row, column = (x.reshape(-1) for x in np.mgrid[:rows, :columns])
@@ -98,7 +98,7 @@ class Attention(nn.Module):
     qkv_bias: str = "full"
     head_width: int | None = None
     logit_cap: float | None = None
-    position_bias: tuple[int, int] | None = None
+    position_bias: tuple[int, ...] | None = None
     causal: bool = False
 
     @nn.compact
@@ -112,25 +112,8 @@ class Attention(nn.Module):
         Raises:
             ValueError: if the heads do not divide the width, or for an unknown `qkv_bias`.
         """
-        shape, width = x.shape, x.shape[-1]
-        if self.head_width is None and width % self.heads:
-            raise ValueError(f"width {width} is not divisible by {self.heads} attention heads.")
-        if self.qkv_bias not in QKV_BIASES:
-            raise ValueError(f"qkv_bias is {self.qkv_bias!r}; known are {', '.join(QKV_BIASES)}.")
-        heads = (self.heads, self.head_width or width // self.heads)
-        xavier = nn.initializers.xavier_uniform()
-        qkv = nn.DenseGeneral(
-            (3, *heads),
-            use_bias=self.qkv_bias == "full",
-            kernel_init=xavier,
-            dtype=self.dtype,
-            name="qkv",
-        )(token_rows(x)).reshape(*shape[:-1], 3, *heads)  # [B, T, 3, H, D / H]
-        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        if self.qkv_bias == "query_value":
-            zeros = nn.initializers.zeros
-            query += self.param("query_bias", zeros, heads).astype(query.dtype)
-            value += self.param("value_bias", zeros, heads).astype(value.dtype)
+        width = x.shape[-1]
+        query, key, value = self.projected(x)
         if self.position_bias is not None:
             own = RelativePositionBias(self.position_bias, self.heads, name="position_bias")()
             bias = own if bias is None else bias + own
@@ -153,9 +136,41 @@ class Attention(nn.Module):
                 is_causal=self.causal,
                 implementation=self.implementation,
             )
-        return nn.DenseGeneral(
+        return self.merged(x, width)
+
+    def projected(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Query, key and value of `[batch, tokens, width]`, `[batch, tokens, heads, head_width]`.
+
+        Raises:
+            ValueError: see `__call__`.
+        """
+        shape, width = x.shape, x.shape[-1]
+        if self.head_width is None and width % self.heads:
+            raise ValueError(f"width {width} is not divisible by {self.heads} attention heads.")
+        if self.qkv_bias not in QKV_BIASES:
+            raise ValueError(f"qkv_bias is {self.qkv_bias!r}; known are {', '.join(QKV_BIASES)}.")
+        heads = (self.heads, self.head_width or width // self.heads)
+        qkv = nn.DenseGeneral(
+            (3, *heads),
+            use_bias=self.qkv_bias == "full",
+            kernel_init=nn.initializers.xavier_uniform(),
+            dtype=self.dtype,
+            name="qkv",
+        )(token_rows(x)).reshape(*shape[:-1], 3, *heads)  # [B, T, 3, H, D / H]
+        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        if self.qkv_bias == "query_value":
+            zeros = nn.initializers.zeros
+            query += self.param("query_bias", zeros, heads).astype(query.dtype)
+            value += self.param("value_bias", zeros, heads).astype(value.dtype)
+        return query, key, value
+
+    def merged(self, x: jax.Array, width: int) -> jax.Array:
+        """The output projection: `[batch, tokens, heads, head_width]` -> `[batch, tokens, width]`."""
+        xavier = nn.initializers.xavier_uniform()
+        out = nn.DenseGeneral(
             width, axis=(-2, -1), kernel_init=xavier, dtype=self.dtype, name="out"
-        )(x.reshape(-1, *heads)).reshape(shape)
+        )
+        return out(x.reshape(-1, *x.shape[-2:])).reshape(*x.shape[:-2], width)
 
 
 def attention_weights(
@@ -241,7 +256,7 @@ class Block(nn.Module):
     head_width: int | None = None
     layer_scale: float | None = None
     logit_cap: float | None = None
-    position_bias: tuple[int, int] | None = None
+    position_bias: tuple[int, ...] | None = None
     causal: bool = False
 
     @nn.compact
@@ -334,7 +349,7 @@ class Transformer(nn.Module):
     head_width: int | None = None
     layer_scale: float | None = None
     logit_cap: float | None = None
-    position_bias: tuple[int, int] | None = None
+    position_bias: tuple[int, ...] | None = None
     causal: bool = False
 
     @nn.compact
