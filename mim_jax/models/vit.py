@@ -184,6 +184,36 @@ class ViT(nn.Module):
         Raises:
             ValueError: if the images do not have the size and channels of the model.
         """
+        tokens = self.embedded(images, keep_ids)
+        blocks, dtype = self.transformer, self.transformer.dtype
+        bias = None
+        if self.shared_position_bias:
+            bias = RelativePositionBias(self.grid, blocks.heads, name="position_bias")()
+        tokens, outputs = blocks(tokens, drop_path_noise, bias)
+        if self.final_norm:
+            epsilon = blocks.epsilon if self.norm_epsilon is None else self.norm_epsilon
+            tokens = layer_norm("norm", dtype, epsilon)(tokens)
+        return tokens, outputs
+
+    def embedded(
+        self,
+        images: jax.Array,
+        keep_ids: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        mask_token: jax.Array | None = None,
+    ) -> jax.Array:
+        """What the first block gets, `[batch, prefix_tokens + kept, width]`; see `__call__`.
+
+        Args:
+            images: `[batch, height, width, channels]`, normalized.
+            keep_ids: int32 `[batch, kept]`, positions of visible patches; None for all.
+            mask: `[batch, tokens]`, 1 where the embedding of a patch is replaced, before positions
+                are added; None replaces none.
+            mask_token: `[width]`, what it is replaced by.
+
+        Raises:
+            ValueError: if the images do not have the size and channels of the model.
+        """
         expected = (*self.image_size, self.channels)
         if images.shape[1:] != expected:
             raise ValueError(
@@ -205,7 +235,10 @@ class ViT(nn.Module):
         embed = PatchEmbed(
             self.width, self.patch_size, self.channels, dtype, self.patch_bias, name="patch_embed"
         )
-        tokens = embed(patches) + positions
+        tokens = embed(patches)
+        if mask is not None and mask_token is not None:
+            tokens = jnp.where(mask[..., None] == 1, mask_token.astype(dtype), tokens)
+        tokens = tokens + positions
         prefix = []
         if self.class_token:
             cls_token = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
@@ -217,14 +250,7 @@ class ViT(nn.Module):
         tokens = jnp.concatenate([*prefix, tokens], axis=1)
         if self.pre_norm:
             tokens = layer_norm("pre_norm", dtype, blocks.epsilon)(tokens)
-        bias = None
-        if self.shared_position_bias:
-            bias = RelativePositionBias(self.grid, blocks.heads, name="position_bias")()
-        tokens, outputs = blocks(tokens, drop_path_noise, bias)
-        if self.final_norm:
-            epsilon = blocks.epsilon if self.norm_epsilon is None else self.norm_epsilon
-            tokens = layer_norm("norm", dtype, epsilon)(tokens)
-        return tokens, outputs
+        return tokens
 
 
 def vit_size(name: str, **given: int) -> dict[str, int]:
