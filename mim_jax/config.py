@@ -84,7 +84,8 @@ def defaults() -> ml_collections.ConfigDict:
                 target_size=(),
                 # "bicubic", "bilinear" or "lanczos".
                 target_interpolation="bicubic",
-                # Largest random change of brightness, contrast and saturation before the crop.
+                # Largest random change of brightness, contrast and saturation before the crop; a
+                # fourth number turns the hue, by a share of the circle up to 0.5.
                 color_jitter=(0.0, 0.0, 0.0),
                 flip=True,
                 # RandAugment after the crop, such as "rand-m9-mstd0.5-inc1"; "" for none.
@@ -95,6 +96,31 @@ def defaults() -> ml_collections.ConfigDict:
                 workers=0,
                 # Largest share of unreadable images before the run stops.
                 max_unreadable=0.01,
+                # Sources of the kind "table" only.
+                table=dict(
+                    # Share of the columns whose values are replaced in a corrupted row.
+                    corruption=0.3,
+                    # For fine-tuning: corrupt the row itself, with the augmented images only.
+                    corrupt_input=False,
+                    # "none", "random_values", "random_columns", "most_important" or
+                    # "least_important": what is missing, in training and evaluation.
+                    missing="none",
+                    # Share of the values or columns that is missing.
+                    missing_rate=0.0,
+                    # How often an image is augmented at all, and not just resized; then, how often
+                    # its colours are jittered, it is turned grey, blurred, rotated and flipped.
+                    # Where these flip, `data.flip` should be False.
+                    augment_probability=0.95,
+                    jitter_probability=0.8,
+                    grey_probability=0.2,
+                    blur_probability=0.5,
+                    rotation_probability=0.5,
+                    flip_probability=0.5,
+                    # Smallest and largest standard deviation of the blur, in pixels.
+                    blur_sigma=(0.1, 2.0),
+                    # Largest rotation to either side, in degrees.
+                    rotation=0.0,
+                ),
             ),
             optimizer=dict(
                 # "adamw", "adam" (its decay is part of the gradient) or "lars".

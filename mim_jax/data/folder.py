@@ -38,10 +38,9 @@ from mim_jax.data.folder_labels import FolderLabels, labels_of_sub_folders, labe
 from mim_jax.data.folder_maps import FolderMaps, maps_of_folder
 from mim_jax.data.probe import probe_image
 from mim_jax.data.records import Record, decoded
+from mim_jax.data.splits import SPLIT_SPELLINGS
 from mim_jax.data.stages import stage
 
-# Names that a split folder goes by; names on one line mean the same.
-_SPLIT_FOLDERS = (("train", "training"), ("val", "validation", "valid"), ("test", "testing"))
 _WHOLE_FOLDER = ("train", "all")
 
 
@@ -203,7 +202,7 @@ def open_folder(
 def _split_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
     """Return the split folders of `root` by their first spelling (`train`, `val`, `test`)."""
     found: dict[str, pathlib.Path] = {}
-    for spellings in _SPLIT_FOLDERS:
+    for spellings in SPLIT_SPELLINGS:
         for spelling in spellings:
             if (root / spelling).is_dir():
                 found.setdefault(spellings[0], root / spelling)
@@ -215,7 +214,7 @@ def _folder_of_split(
 ) -> pathlib.Path:
     if (root / split).is_dir():
         return root / split
-    for spellings in _SPLIT_FOLDERS:
+    for spellings in SPLIT_SPELLINGS:
         if split in spellings and spellings[0] in split_folders:
             return split_folders[spellings[0]]
     if split_folders:

@@ -19,6 +19,7 @@ from mim_jax.data.records import Record, record_of
 from mim_jax.data.segmentation import segmentation_of
 from mim_jax.data.splits import slice_of, split_name_and_bounds
 from mim_jax.data.synthetic import open_synthetic
+from mim_jax.data.table import TABLE_SUFFIXES, TableSource, open_table
 from mim_jax.data.tar_shards import open_tar
 from mim_jax.data.tfds_source import open_tfds
 
@@ -30,6 +31,7 @@ _VALID_NAMES = (
     "'embedded' (the sample set in the package), 'fashion_mnist' (the full set), "
     "'synthetic:NAME' (drawn by formulas), "
     "'tfds:NAME[/CONFIG][:VERSION]', 'folder:PATH', 'array_record:PATTERN', 'tar:PATTERN', "
+    "'table:FILE' (CSV or Parquet with images), "
     "'mix:SHARE*SOURCE+SHARE*SOURCE', or the path of an existing image folder"
 )
 
@@ -188,6 +190,8 @@ def open_source(
             `mim-jax data convert` wrote, see `mim_jax.data.array_record`.
         tar:PATTERN, or the path of a tar file: shards in the WebDataset layout, see
             `mim_jax.data.tar_shards`.
+        table:FILE[?OPTION=VALUE&...], or the path of a .csv or .parquet file: rows of a table that
+            name image files, see `mim_jax.data.table.open_table`.
         mix:SHARE*SOURCE+SHARE*SOURCE, or mix:FILE.json: several sources with fixed shares, see
             `mim_jax.data.mixture`.
 
@@ -236,6 +240,7 @@ _FILES: dict[str, Callable[..., Source]] = {
     "folder": open_folder,
     "array_record": open_array_record,
     "tar": open_tar,
+    "table": open_table,
 }
 _KINDS = ("tfds", "mix", "synthetic", *_FILES)
 
@@ -254,6 +259,8 @@ def _kind_and_text(name: str) -> tuple[str, str]:
         return "array_record", name
     if path.suffix == ".tar":
         return "tar", name
+    if path.suffix in TABLE_SUFFIXES and not path.is_dir():
+        return "table", name
     if name and path.exists():
         return "folder", name
     nearest = difflib.get_close_matches(name, (*_IN_MEMORY, *(f"{k}:" for k in _KINDS)), n=1)
@@ -281,4 +288,7 @@ def _slice(source: Source, split: str, bounds: tuple[str, str]) -> Source:
     selected = slice_of(split, bounds, len(source))
     positions = np.arange(selected.start, selected.stop, dtype=np.int64)
     shuffled = permuted_indices(positions, len(source), _SLICE_SEED, epoch=0)
-    return SubsetSource(source, f"{source.name}:{split}", np.sort(shuffled))
+    name, indices = f"{source.name}:{split}", np.sort(shuffled)
+    if isinstance(source, TableSource):
+        return source.subset(indices, name)
+    return SubsetSource(source, name, indices)

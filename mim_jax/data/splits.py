@@ -2,6 +2,9 @@
 
 import re
 
+SPLIT_SPELLINGS = (("train", "training"), ("val", "validation", "valid"), ("test", "testing"))
+"""What splits are called in folders and files; names on one line mean the same."""
+
 _SPLIT = re.compile(r"^\s*([A-Za-z_][\w\-]*)\s*(?:\[([^\[\]:]*):([^\[\]:]*)\])?\s*$")
 _BOUND = re.compile(r"^\s*(-?\d+)\s*(%?)\s*$")
 
