@@ -1,5 +1,7 @@
 """How far a prediction is off: pure functions, float32 results, means over global counts."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -69,3 +71,94 @@ def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     For images of any number of classes: `logits` and `targets` (in [0, 1]) `[batch, classes]`.
     """
     return jnp.mean(optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), targets))
+
+
+class Moments(NamedTuple):
+    """Mean `[width]` and unbiased covariance `[width, width]` of some rows."""
+
+    mean: jax.Array
+    covariance: jax.Array
+
+
+def moments(features: jax.Array, weights: jax.Array) -> Moments:
+    """Moments of the rows of `features [rows, width]` whose weight is 1, of `weights [rows]`."""
+    features, count = features.astype(jnp.float32), weights.sum()
+    mean = weights @ features / jnp.maximum(count, 1)
+    centred = (features - mean) * weights[:, None]
+    return Moments(mean, centred.T @ centred / jnp.maximum(count - 1, 1))
+
+
+def moment_distance(first: Moments, second: Moments) -> jax.Array:
+    """`|m_a - m_b|^2 / D + |C_a - C_b|^2 / (4 D^2)`: CORAL (Sun and Saenko, 2016) with means."""
+    width = len(first.mean)
+    means = jnp.sum((first.mean - second.mean) ** 2) / width
+    return means + jnp.sum((first.covariance - second.covariance) ** 2) / (4 * width**2)
+
+
+def wasserstein_distance(
+    first: Moments, second: Moments, *, diagonal: bool = False, epsilon: float = 1e-6
+) -> jax.Array:
+    """Squared 2-Wasserstein distance of two Gaussians; the first gets no gradient.
+
+    `|m_a - m_b|^2 + Tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2)` (Dowson and Landau, 1982).
+
+    Args:
+        first: of the fixed one.
+        second: of the other.
+        diagonal: take channels as independent.
+        epsilon: added to the variances, as the covariance of a small batch is singular.
+    """
+    first = jax.lax.stop_gradient(first)
+    means = jnp.sum((first.mean - second.mean) ** 2)
+    if diagonal:
+        deviations = [jnp.sqrt(jnp.diag(x.covariance) + epsilon) for x in (first, second)]
+        return means + jnp.sum((deviations[0] - deviations[1]) ** 2)
+    identity = epsilon * jnp.eye(len(first.mean))
+    covariances = first.covariance + identity, second.covariance + identity
+    overlap = _trace_of_root(*covariances)
+    return means + jnp.trace(covariances[0]) + jnp.trace(covariances[1]) - 2 * overlap
+
+
+def _root(covariance: jax.Array) -> jax.Array:
+    values, vectors = jnp.linalg.eigh(covariance)
+    return (vectors * jnp.sqrt(jnp.maximum(values, 0))) @ vectors.T
+
+
+@jax.custom_jvp
+def _trace_of_root(first: jax.Array, second: jax.Array) -> jax.Array:
+    """`Tr (A^1/2 B A^1/2)^1/2`, the sum of the singular values of `A^1/2 B^1/2`."""
+    return jnp.linalg.svd(_root(first) @ _root(second), compute_uv=False).sum()
+
+
+@_trace_of_root.defjvp
+def _trace_of_root_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    # That of B alone. It is finite where those of eigenvectors, which may be any, are not.
+    first, second = primals
+    root = _root(first)
+    left, values, _ = jnp.linalg.svd(root @ _root(second))
+    inner = root @ left
+    transport = (inner / jnp.maximum(values, 1e-12)) @ inner.T
+    return values.sum(), 0.5 * jnp.sum(transport * tangents[1])
+
+
+def mean_discrepancy(
+    first: jax.Array, second: jax.Array, weights: tuple[jax.Array, jax.Array]
+) -> jax.Array:
+    """Squared maximum mean discrepancy under a Gaussian kernel (Gretton et al., 2012, eq. 5).
+
+    The kernel's squared width is the mean squared distance of two rows of all, without gradient.
+
+    Args:
+        first: `[rows, width]`.
+        second: `[rows, width]`.
+        weights: 1 for rows that count and 0 for others, `[rows]` each.
+    """
+    rows = jnp.concatenate([first, second]).astype(jnp.float32)
+    counts = [jnp.maximum(weight.sum(), 1) for weight in weights]
+    every = jnp.concatenate(weights)
+    squares = jnp.sum((rows[:, None] - rows[None]) ** 2, axis=-1)
+    pairs = every[:, None] * every[None]
+    scale = jax.lax.stop_gradient((squares * pairs).sum() / jnp.maximum(pairs.sum(), 1))
+    kernel = jnp.exp(-squares / jnp.maximum(2 * scale, 1e-12))
+    signed = jnp.concatenate([weights[0] / counts[0], -weights[1] / counts[1]])
+    return signed @ kernel @ signed
