@@ -291,19 +291,31 @@ def _data_inspect(arguments: list[str]) -> int:
     flags.DEFINE_integer("sample", 512, "Number of images to look at.", flag_values=values)
     flags.DEFINE_bool("all", False, "Look at every image, not at a sample.", flag_values=values)
     flags.DEFINE_string("output", None, "PNG for a sheet of images.", flag_values=values)
+    flags.DEFINE_string(
+        "schema", None, "JSON file for the schema, of a table only.", flag_values=values
+    )
     _parse_only(values, "data inspect", arguments)
     _require(values, "data inspect", "source")
     from PIL import Image
 
     from mim_jax.data import open_source
-    from mim_jax.data.inspection import facts_table, inspect_source, source_sheet
+    from mim_jax.data.inspection import facts_table, inspect_source, schema_table, source_sheet
+    from mim_jax.data.table import TableSource
+    from mim_jax.data.table_schema import write_schema
 
     source = open_source(values.source, values.split)
+    if values.schema and not isinstance(source, TableSource):
+        raise ValueError(f"--schema needs a table, such as table:FILE.csv; got {source.name}.")
     facts = inspect_source(source, None if values.all else values.sample, channels=values.channels)
     # In a file or a pipe there is no width to keep to, and paths are best read in one piece.
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(source.name, soft_wrap=True, markup=False)
     console.print(facts_table(facts))
+    if isinstance(source, TableSource):
+        console.print(schema_table(source))
+        if values.schema:
+            write_schema(source.schema, Path(values.schema))
+            console.print(f"schema: {values.schema}", soft_wrap=True, markup=False)
     if values.output:
         as_found = open_source(
             values.source, values.split, channels=facts.channels, bits=facts.bits

@@ -17,12 +17,15 @@ from mim_jax.data.order import permuted_indices
 from mim_jax.data.probe import ImageFacts, probe_image
 from mim_jax.data.records import place_of, record_of
 from mim_jax.data.sources import Source
+from mim_jax.data.table import TableSource
+from mim_jax.data.table_schema import CATEGORICAL
 
 _SAMPLE_SEED = 0
 _MAX_THREADS = 16
 _SHEET_IMAGES = 64
 _CLASSES_SHOWN = 40
 _UNREADABLE_SHOWN = 20
+_VALUES_SHOWN = 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +170,19 @@ def facts_table(facts: SourceFacts) -> Table:
     table = Table(show_header=False)
     for row in _rows(facts):
         table.add_row(*map(Text, row))  # not markup: a file may be called [bold].png
+    return table
+
+
+def schema_table(source: TableSource) -> Table:
+    """Return the columns of a table for a person, with the share of cells missing in this split."""
+    table = Table("column", "kind", "values, or mean and standard deviation", "missing")
+    for column, missing in zip(source.schema.columns, source.missing.mean(axis=0), strict=True):
+        content = f"{column.mean:.6g} ± {column.std:.6g}"
+        if column.kind == CATEGORICAL:
+            shown = ", ".join(map(str, column.values[:_VALUES_SHOWN]))
+            more = ", ..." if len(column.values) > _VALUES_SHOWN else ""
+            content = f"{len(column.values)}: {shown}{more}"
+        table.add_row(*map(Text, (column.name, column.kind, content, f"{missing:.1%}")))
     return table
 
 

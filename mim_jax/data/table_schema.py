@@ -113,10 +113,10 @@ class Schema:
 
     def to_json(self) -> str:
         """The schema as JSON for people to read and change, see `Schema.from_json`."""
-        parts = ["{", f'  "label": {json.dumps(self.label and _fields(self.label))},']
+        label = json.dumps(self.label and _fields(self.label), ensure_ascii=False)
         rows = (f"    {json.dumps(_fields(column), ensure_ascii=False)}" for column in self.columns)
-        parts += ['  "columns": [', ",\n".join(rows), "  ]", "}"]
-        return "\n".join(parts) + "\n"
+        columns = ",\n".join(rows)
+        return f'{{\n  "label": {label},\n  "columns": [\n{columns}\n  ]\n}}\n'
 
     @classmethod
     def from_json(cls, text: str, place: str = "the schema") -> "Schema":

@@ -121,11 +121,12 @@ class TableEvaluation:
     def __call__(
         self, example: Mapping[str, Any], rng: np.random.Generator | None = None
     ) -> dict[str, np.ndarray]:
-        """Return `image`, `table` and `table_missing`, see `TableViews`; draws nothing."""
+        """Return the entries of `TableViews`, of which `table_corrupted` is not; draws nothing."""
         del rng
         return {
             "image": resized(example["image"], self.size, _INTERPOLATION, self.backend),
             "table": example["table"],
+            "table_corrupted": example["table"],
             "table_missing": _flags(example),
         }
 
