@@ -166,7 +166,7 @@ def disjoint_masking(
     return masking_of_order(jnp.concatenate(parts, axis=1), 4 * kept)
 
 
-def block_grid(grid: tuple[int, int]) -> tuple[int, int]:
+def block_grid(grid: tuple[int, ...]) -> tuple[int, int]:
     """Blocks of 2 x 2 tokens along height and width of a token grid.
 
     Raises:
@@ -210,7 +210,7 @@ MAX_ATTEMPTS = 10_000
 
 def block_mask(
     draw: Draw,
-    grid: tuple[int, int],
+    grid: tuple[int, ...],
     masked: int,
     *,
     min_block: int = 16,
@@ -279,7 +279,7 @@ def block_mask(
 def block_masking(
     rng: jax.Array,
     batch: int,
-    grid: tuple[int, int],
+    grid: tuple[int, ...],
     masked: int,
     *,
     min_block: int = 16,
@@ -345,7 +345,7 @@ def bernoulli_kept(noise: jax.Array, share: float) -> jax.Array:
 
 
 def blockwise_kept(
-    draw: Draw, grid: tuple[int, int], *, share: float = 0.4, min_block: int = 16
+    draw: Draw, grid: tuple[int, ...], *, share: float = 0.4, min_block: int = 16
 ) -> jax.Array:
     """Keeps rectangles of one image until a share of its tokens is kept (MaskEmbed, ablation).
 

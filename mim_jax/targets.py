@@ -1,5 +1,6 @@
 """What a model predicts: pure functions from images to targets, and back to pictures."""
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -12,23 +13,26 @@ def patchify(images: jax.Array, patch_size: Sequence[int]) -> jax.Array:
     """Cuts images `[batch, height, width, channels]` into patches `[batch, tokens, values]`.
 
     Patches are in row-major order; the values of a patch are in the order (row, column, channel)
-    (MAE, official code), so `values = patch_height * patch_width * channels`.
+    (MAE, official code), so `values = patch_height * patch_width * channels`. Volumes
+    `[batch, height, width, depth, channels]` are cut by three numbers in the same way.
     """
-    batch, height, width, channels = images.shape
-    rows, columns = token_grid((height, width), patch_size)
-    patch_height, patch_width = patch_size
-    blocks = images.reshape(batch, rows, patch_height, columns, patch_width, channels)
-    return blocks.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
+    grid = token_grid(images.shape[1:-1], patch_size)
+    axes = len(grid)
+    sides = [side for pair in zip(grid, patch_size, strict=True) for side in pair]
+    blocks = images.reshape(images.shape[0], *sides, images.shape[-1])
+    order = (0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1)
+    return blocks.transpose(order).reshape(images.shape[0], math.prod(grid), -1)
 
 
 def unpatchify(
     patches: jax.Array, image_size: Sequence[int], patch_size: Sequence[int]
 ) -> jax.Array:
-    """Inverse of `patchify`: `[batch, tokens, values]` -> `[batch, height, width, channels]`."""
-    rows, columns = token_grid(image_size, patch_size)
-    patch_height, patch_width = patch_size
-    blocks = patches.reshape(patches.shape[0], rows, columns, patch_height, patch_width, -1)
-    return blocks.transpose(0, 1, 3, 2, 4, 5).reshape(patches.shape[0], *image_size, -1)
+    """Inverse of `patchify`: `[batch, tokens, values]` -> `[batch, *image_size, channels]`."""
+    grid = token_grid(image_size, patch_size)
+    axes = len(grid)
+    blocks = patches.reshape(patches.shape[0], *grid, *patch_size, -1)
+    pairs = [axis for i in range(1, axes + 1) for axis in (i, axes + i)]
+    return blocks.transpose(0, *pairs, 2 * axes + 1).reshape(patches.shape[0], *image_size, -1)
 
 
 def patch_statistics(patches: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -232,7 +232,7 @@ def _vit_config(model: Model, architecture: str) -> dict[str, Any]:
     }
 
 
-def _side(size: tuple[int, int]) -> int | list[int]:
+def _side(size: tuple[int, ...]) -> int | list[int]:
     """One number for a square, else height and width."""
     return size[0] if size[0] == size[1] else list(size)
 

@@ -55,6 +55,10 @@ CONV2D = Transform(lambda w: w.transpose(2, 3, 1, 0), lambda k: k.transpose(3, 2
 """A PyTorch convolution weight `[out, in, kh, kw]` as a kernel `[kh, kw, in, out]`."""
 
 
+CONV3D = Transform(lambda w: w.transpose(2, 3, 4, 1, 0), lambda k: k.transpose(4, 3, 0, 1, 2))
+"""A PyTorch convolution weight `[out, in, kh, kw, kd]` as a kernel `[kh, kw, kd, in, out]`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """One array: its official key, its path in our parameters, and how to convert it.
@@ -335,7 +339,8 @@ def vit_rules(path: str, encoder: Any, key: str = "", names: BlockNames = TIMM) 
         shape = encoder.position_table().shape
         one_more_axis = reshape(shape, (1, *shape))
         yield Rule(f"{key}pos_embed", f"{path}/positions", one_more_axis)
-    yield Rule(f"{key}patch_embed.proj.weight", f"{path}/patch_embed/kernel", CONV2D)
+    convolution = CONV2D if len(encoder.patch_size) == 2 else CONV3D
+    yield Rule(f"{key}patch_embed.proj.weight", f"{path}/patch_embed/kernel", convolution)
     if encoder.patch_bias:
         yield Rule(f"{key}patch_embed.proj.bias", f"{path}/patch_embed/bias")
     if encoder.pre_norm:

@@ -22,11 +22,11 @@ class MaskedDecoder(nn.Module):
         class_token: the encoder's tokens begin with a class token, which the blocks see.
     """
 
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     outputs: int
     width: int
     transformer: Transformer
-    position_grid: tuple[int, int] | None = None
+    position_grid: tuple[int, ...] | None = None
     class_token: bool = True
 
     def position_table(self) -> np.ndarray:

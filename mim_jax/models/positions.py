@@ -1,4 +1,4 @@
-"""Position tables: fixed sine-cosine ones, and any table resized to another grid."""
+"""Position tables: fixed sine-cosine ones in 2-D and 3-D, and any table resized to another grid."""
 
 import math
 from collections.abc import Sequence
@@ -16,9 +16,13 @@ def sincos_positions(
     all sines come before all cosines, with frequencies `10000^(-k / (width / 4))`. Computed in
     float64. Leading tokens (a class token) get zeros.
 
+    A grid of three axes has the table of `sincos_positions_3d`.
+
     Raises:
-        ValueError: if `width` is not divisible by 4.
+        ValueError: if `width` is not divisible by 4, or by 6 for three axes.
     """
+    if len(grid) == 3:
+        return sincos_positions_3d(grid, width, leading_tokens)
     if width % 4:
         raise ValueError(f"2-D sine-cosine positions need a width divisible by 4, got {width}.")
     rows, columns = grid
@@ -30,6 +34,27 @@ def sincos_positions(
         halves += [np.sin(angles), np.cos(angles)]
     table = np.concatenate(halves, axis=1).astype(np.float32)
     assert table.shape == (math.prod(grid), width)
+    return np.concatenate([np.zeros((leading_tokens, width), np.float32), table])
+
+
+def sincos_positions_3d(grid: Sequence[int], width: int, leading_tokens: int = 0) -> np.ndarray:
+    """The 3-D sine-cosine table of Hi-End-MAE, float32 `[leading_tokens + tokens, width]`.
+
+    Each third of the channels encodes one axis, in the order of the grid; inside a third all
+    sines come before all cosines, with frequencies `10000^(-k / (width / 6))`. Leading tokens get
+    zeros.
+
+    Raises:
+        ValueError: if `width` is not divisible by 6.
+    """
+    if width % 6:
+        raise ValueError(f"3-D sine-cosine positions need a width divisible by 6, got {width}.")
+    frequencies = 10000.0 ** (-np.arange(width // 6, dtype=np.float64) / (width // 6))
+    thirds = []
+    for position in np.meshgrid(*(np.arange(side) for side in grid), indexing="ij"):
+        angles = position.reshape(-1, 1).astype(np.float64) * frequencies  # [L, width / 6]
+        thirds += [np.sin(angles), np.cos(angles)]
+    table = np.concatenate(thirds, axis=1).astype(np.float32)
     return np.concatenate([np.zeros((leading_tokens, width), np.float32), table])
 
 
@@ -45,14 +70,15 @@ def resize_positions(table: np.ndarray, old: Sequence[int], new: Sequence[int]) 
 
     Args:
         table: `[leading_tokens + tokens, width]`, tokens in row-major order.
-        old: rows and columns of the table's grid.
-        new: rows and columns of the wanted grid.
+        old: the table's grid, of two or three axes.
+        new: the wanted grid, of as many.
 
     Returns:
         float32 `[leading_tokens + new tokens, width]`; the table itself for an equal grid.
 
     Raises:
-        ValueError: if the table has fewer rows than the old grid has tokens.
+        ValueError: if the table has fewer rows than the old grid has tokens, or the grids have
+            different numbers of axes.
     """
     if tuple(old) == tuple(new):
         return table
@@ -60,11 +86,25 @@ def resize_positions(table: np.ndarray, old: Sequence[int], new: Sequence[int]) 
     if leading < 0:
         raise ValueError(f"a position table of {len(table)} rows has no grid of {tuple(old)}.")
     image = np.asarray(table[leading:], np.float64).reshape(*old, -1)
-    rows, columns = (bicubic_matrix(before, after) for before, after in zip(old, new))
-    image = np.einsum("ij,jkd->ikd", rows, image)
-    image = np.einsum("ij,kjd->kid", columns, image)
+    image = along_axes([bicubic_matrix(*sides) for sides in _paired(old, new)], image)
     patches = image.reshape(math.prod(new), -1).astype(np.float32)
     return np.concatenate([np.asarray(table[:leading], np.float32), patches])
+
+
+def along_axes(matrices: Sequence[np.ndarray], array: np.ndarray, first: int = 0) -> np.ndarray:
+    """Applies matrices `[new, old]` to as many axes of an array, from the axis `first` on."""
+    for axis, matrix in enumerate(matrices, first):
+        array = np.moveaxis(np.tensordot(matrix, array, (1, axis)), 0, axis)
+    return array
+
+
+def _paired(old: Sequence[int], new: Sequence[int]) -> list[tuple[int, int]]:
+    if len(old) != len(new):
+        raise ValueError(
+            f"positions of a grid with {len(old)} axes {tuple(old)} cannot be resized to one with "
+            f"{len(new)} {tuple(new)}."
+        )
+    return list(zip(old, new))
 
 
 def bicubic_matrix(old: int, new: int) -> np.ndarray:

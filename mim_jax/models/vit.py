@@ -10,7 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from mim_jax.masking import gather_tokens, token_grid
-from mim_jax.models.positions import bicubic_matrix, resize_positions, sincos_positions
+from mim_jax.models.positions import (
+    along_axes,
+    bicubic_matrix,
+    resize_positions,
+    sincos_positions,
+)
 from mim_jax.models.transformer import (
     RelativePositionBias,
     Transformer,
@@ -34,13 +39,14 @@ VIT_SIZES: dict[str, dict[str, int]] = {
 class PatchEmbed(nn.Module):
     """A strided convolution over patches, written as the matrix product that it is.
 
-    The kernel has the shape `[patch_height, patch_width, channels, width]` of the convolution.
+    The kernel has the shape `[patch_height, patch_width, channels, width]` of the convolution,
+    with the depth of 3-D patches behind their width.
     Its initial values are Xavier-uniform over the matrix `[values, width]`; the bias starts
     uniform in +-1/sqrt(values), PyTorch's default for convolutions (MAE code).
     """
 
     width: int
-    patch_size: tuple[int, int]
+    patch_size: tuple[int, ...]
     channels: int
     dtype: Any = jnp.float32
     use_bias: bool = True
@@ -71,21 +77,24 @@ class PatchEmbed(nn.Module):
         return tokens + self.param("bias", uniform, (self.width,)).astype(tokens.dtype)
 
 
-POSITIONS = ("sincos", "sincos_row_first", "learned", "none")
-"""Fixed sine-cosine tables of MAE and (row before column) of CAE, a parameter, or nothing."""
+POSITIONS = ("sincos", "sincos_row_first", "learned", "learned_patches", "none")
+"""Fixed sine-cosine tables of MAE and (row before column) of CAE, a parameter for all tokens or for
+patches alone, or nothing."""
 
 
 class ViT(nn.Module):
     """Patch embedding, positions, class token, transformer blocks and a final LayerNorm.
 
     Attributes:
-        image_size: `(height, width)` in pixels; need not be square.
+        image_size: `(height, width)` in pixels; need not be square. Volumes have three numbers,
+            `(height, width, depth)`, in this and in all other sizes and grids.
         patch_size: `(height, width)` in pixels.
         channels: channels of the image.
         width: token width.
         transformer: the blocks; their compute type and epsilon are those of the whole encoder.
         positions: one of `POSITIONS`. Learned ones are a parameter `[1 + tokens, width]`, the
-            class token's first, which starts as the fixed table.
+            class token's first, which starts as the fixed table; under "learned_patches" it is
+            `[tokens, width]` and starts normal, with a deviation of 0.02 (Hi-End-MAE, UNETR).
         position_grid: the fixed table is that of this grid, resized to the model's own, so that
             an encoder pre-trained on one image size sees another as it did the first; None takes
             the model's own grid.
@@ -101,13 +110,13 @@ class ViT(nn.Module):
         norm_epsilon: of the final norm; None for that of the blocks.
     """
 
-    image_size: tuple[int, int]
-    patch_size: tuple[int, int]
+    image_size: tuple[int, ...]
+    patch_size: tuple[int, ...]
     channels: int
     width: int
     transformer: Transformer
     positions: str = "sincos"
-    position_grid: tuple[int, int] | None = None
+    position_grid: tuple[int, ...] | None = None
     final_norm: bool = True
     class_token: bool = True
     registers: int = 0
@@ -118,20 +127,16 @@ class ViT(nn.Module):
     norm_epsilon: float | None = None
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Patches along height and width."""
-        rows, columns = token_grid(self.covered_size, self.patch_size)
-        return rows, columns
+    def grid(self) -> tuple[int, ...]:
+        """Patches along height and width, and depth."""
+        return token_grid(self.covered_size, self.patch_size)
 
     @property
-    def covered_size(self) -> tuple[int, int]:
-        """Height and width in pixels of what the patches cover."""
+    def covered_size(self) -> tuple[int, ...]:
+        """Size in pixels of what the patches cover."""
         if not self.floor_grid:
             return self.image_size
-        height, width = (
-            size - size % patch for size, patch in zip(self.image_size, self.patch_size)
-        )
-        return height, width
+        return tuple(size - size % patch for size, patch in zip(self.image_size, self.patch_size))
 
     @property
     def prefix_tokens(self) -> int:
@@ -141,12 +146,18 @@ class ViT(nn.Module):
     @property
     def learned_positions(self) -> bool:
         """Whether positions are a parameter."""
-        return self.positions == "learned"
+        return self.positions in ("learned", "learned_patches")
+
+    @property
+    def leading_positions(self) -> int:
+        """Rows of the position table before those of patches: the class token's, if it has one."""
+        return int(self.class_token and self.positions != "learned_patches")
 
     def position_table(self) -> np.ndarray:
         """The fixed table, float32 `[1 + tokens, width]`; that of the class token is zero.
 
-        Without class token its row is missing; without positions the table is zero.
+        Without class token its row is missing, as it is where only patches have positions;
+        without positions the table is zero.
 
         Raises:
             ValueError: for an unknown name in `positions`.
@@ -154,7 +165,7 @@ class ViT(nn.Module):
         if self.positions not in POSITIONS:
             raise ValueError(f"positions is {self.positions!r}; known are {', '.join(POSITIONS)}.")
         source = self.position_grid or self.grid
-        leading = int(self.class_token)
+        leading = self.leading_positions
         if self.positions == "none":
             return np.zeros((leading + math.prod(self.grid), self.width), np.float32)
         row_first = self.positions == "sincos_row_first"
@@ -171,7 +182,7 @@ class ViT(nn.Module):
         """Encodes the patches named by `keep_ids`, or all of them.
 
         Args:
-            images: `[batch, height, width, channels]`, normalized.
+            images: `[batch, height, width, channels]`, normalized; with a depth for volumes.
             keep_ids: int32 `[batch, kept]`, positions of visible patches. Removed patches are
                 dropped before the embedding: nothing is computed for them.
             drop_path_noise: see `Transformer`.
@@ -222,11 +233,14 @@ class ViT(nn.Module):
             )
         batch, blocks, leading = images.shape[0], self.transformer, int(self.class_token)
         dtype = blocks.dtype
-        height, width = self.covered_size
-        patches = patchify(images[:, :height, :width], self.patch_size)  # [B, L, values]
+        covered = images[(slice(None), *map(slice, self.covered_size))]
+        patches = patchify(covered, self.patch_size)  # [B, L, values]
         table: Any = self.position_table()  # fixed, so not a parameter
-        if self.learned_positions:
+        if self.positions == "learned":
             table = self.param("positions", lambda key: jnp.asarray(table))
+        elif self.positions == "learned_patches":
+            table = self.param("positions", nn.initializers.normal(0.02), table.shape)
+            table = jnp.pad(table, ((leading, 0), (0, 0)))
         table = jnp.asarray(table, dtype)  # [1 + L, D]
         positions = jnp.broadcast_to(table[leading:], (batch, *table[leading:].shape))
         if keep_ids is not None:
@@ -288,8 +302,8 @@ def adopted(
         encoders differ in width or depth.
     """
     if name.endswith("/positions"):
-        table = given.get(name, donor.position_table())
-        return resize_positions(np.asarray(table), donor.grid, receiver.grid)
+        table = np.asarray(given.get(name, donor.position_table()))
+        return _with_rows(resize_positions(table, donor.grid, receiver.grid), receiver)
     if name.endswith("/patch_embed/kernel") and name in given:
         return resize_patch_kernel(given[name], receiver.patch_size, receiver.channels)
     blocks, ours = donor.transformer, receiver.transformer
@@ -301,35 +315,42 @@ def adopted(
     return None if value is None or scale is None else scaled_outputs(value, scale)
 
 
+def _with_rows(table: np.ndarray, encoder: ViT) -> np.ndarray:
+    """A table with as many rows before the patches as an encoder has: fewer, or more of zeros."""
+    missing = encoder.leading_positions + math.prod(encoder.grid) - len(table)
+    if missing <= 0:
+        return table[-missing:]
+    return np.concatenate([np.zeros((missing, table.shape[1]), table.dtype), table])
+
+
 def resize_patch_kernel(
-    kernel: np.ndarray, patch_size: tuple[int, int], channels: int
+    kernel: np.ndarray, patch_size: tuple[int, ...], channels: int
 ) -> np.ndarray:
-    """A patch kernel `[patch_height, patch_width, channels, width]` for other patches.
+    """A patch kernel `[*patch_size, channels, width]` for other patches.
 
     Of another size: the kernel whose product with a bicubically resized patch is nearest to that
     of the old kernel with the old patch (FlexiViT, Beyer et al., 2023, section 3.4). Of another
     number of channels: summed for one, so that a grey image gives what its three equal channels
     gave; else repeated in turn and scaled to keep the size of the output (timm).
     """
-    old = kernel.shape[:2]
+    old = kernel.shape[:-2]
+    if len(old) != len(patch_size):
+        return kernel  # of pictures for volumes, or the other way round: the shape is reported
     if tuple(old) != tuple(patch_size):
-        rows, columns = (
-            np.linalg.pinv(bicubic_matrix(before, after).T)
-            for before, after in zip(old, patch_size)
-        )
-        kernel = np.einsum("ia,jb,abcd->ijcd", rows, columns, kernel).astype(np.float32)
-    before = kernel.shape[2]
+        inverses = [np.linalg.pinv(bicubic_matrix(*sides).T) for sides in zip(old, patch_size)]
+        kernel = along_axes(inverses, kernel).astype(np.float32)
+    before = kernel.shape[-2]
     if channels == before:
         return kernel
     if channels == 1:
-        return kernel.sum(axis=2, keepdims=True)
-    return kernel[:, :, np.arange(channels) % before] * np.float32(before / channels)
+        return kernel.sum(axis=-2, keepdims=True)
+    return kernel[..., np.arange(channels) % before, :] * np.float32(before / channels)
 
 
 def resize_patch_outputs(
     values: np.ndarray,
-    old: tuple[tuple[int, int], int],
-    new: tuple[tuple[int, int], int],
+    old: tuple[tuple[int, ...], int],
+    new: tuple[tuple[int, ...], int],
 ) -> np.ndarray:
     """Weights or biases `[..., values]` that predict the pixels of a patch, for other patches.
 
@@ -344,8 +365,9 @@ def resize_patch_outputs(
     (old_size, before), (new_size, channels) = old, new
     patches = values.reshape(*values.shape[:-1], *old_size, before)
     if old_size != new_size:
-        rows, columns = (bicubic_matrix(a, b) for a, b in zip(old_size, new_size))
-        patches = np.einsum("ia,jb,...abc->...ijc", rows, columns, patches)
+        matrices = [bicubic_matrix(*sides) for sides in zip(old_size, new_size, strict=True)]
+        first = values.ndim - 1  # of the patch's axes
+        patches = along_axes(matrices, patches, first)
     if channels == 1:
         patches = patches.mean(axis=-1, keepdims=True)
     elif channels != before:

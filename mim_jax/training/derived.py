@@ -334,7 +334,7 @@ class _Derivation:
                 self.set("model.position_grid", spread, f"{reason}, resized to {grid}")
 
     def _size_of_weights(
-        self, image_size: tuple[int, int], patch_size: tuple[int, int], reason: str
+        self, image_size: tuple[int, ...], patch_size: tuple[int, ...], reason: str
     ) -> None:
         """The patches of the weights, and as much of their image size as the data fill."""
         config = self.config
