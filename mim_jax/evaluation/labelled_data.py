@@ -12,11 +12,13 @@ from mim_jax.data import (
     RandomResizedCrop,
     Source,
     evaluation_batches,
-    open_source,
     train_batches,
 )
+from mim_jax.data.configured import evaluation_source
 from mim_jax.data.pipeline import EvaluationTransform
 from mim_jax.data.segmentation import IGNORED_PATCH, patch_classes, segmentation_of
+from mim_jax.data.table import TableSource
+from mim_jax.data.table_views import table_evaluation
 
 PROBE_AREA = (0.08, 1.0)
 """Share of the image in a linear probe's training crops (MAE's `main_linprobe.py`)."""
@@ -35,7 +37,7 @@ def labelled_source(config: ml_collections.ConfigDict, split: str) -> tuple[Sour
         ValueError: if the examples have no labels, or the source is not known.
         FileNotFoundError: if the data are not there.
     """
-    source = _source(config, split)
+    source = evaluation_source(config, split)
     if source.num_classes is None:
         raise ValueError(_without_labels(source, split))
     return source, source.num_classes
@@ -70,6 +72,8 @@ def evaluation_transform(
         source: tells by its `kind` what its examples are.
         largest_side: as for `centre_crops`.
     """
+    if isinstance(source, TableSource):
+        return table_evaluation(config.data)
     return evaluation_crop(config, largest_side=largest_side)
 
 
@@ -102,7 +106,7 @@ def knows_patches(config: ml_collections.ConfigDict, split: str) -> bool:
         ValueError: if the source is not known, or the first map is broken.
         FileNotFoundError: if the data are not there.
     """
-    return segmentation_of(_source(config, split), 0) is not None
+    return segmentation_of(evaluation_source(config, split), 0) is not None
 
 
 def patch_crops(config: ml_collections.ConfigDict, split: str, grid: tuple[int, int]) -> Batches:
@@ -122,7 +126,7 @@ def patch_crops(config: ml_collections.ConfigDict, split: str, grid: tuple[int, 
             a map that does not fit its image.
         FileNotFoundError: if the data are not there.
     """
-    source = _source(config, split)
+    source = evaluation_source(config, split)
     if not knows_patches(config, split):
         raise ValueError(
             f"the data source {source.name!r} (split {split!r}) has no labels of patches, "
@@ -165,16 +169,6 @@ def random_crops(
         workers=config.data.workers,
     )
     return _with_labels(batches, source, split)
-
-
-def _source(config: ml_collections.ConfigDict, split: str) -> Source:
-    return open_source(
-        config.evaluate.source or config.data.source,
-        split,
-        channels=config.data.channels,
-        bits=config.data.bits,
-        backend=config.data.backend,
-    )
 
 
 def _all_examples(

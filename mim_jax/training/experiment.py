@@ -16,7 +16,6 @@ from mim_jax import config as configs
 from mim_jax.data import (
     RandomResizedCrop,
     Source,
-    open_source,
     steps_per_epoch,
     train_batches,
 )
@@ -25,6 +24,8 @@ from mim_jax.data.keep_ratio_crop import KeepRatioCrop
 from mim_jax.data.on_device import normalize, random_flip
 from mim_jax.data.pipeline import Batches, TrainTransform, views_of
 from mim_jax.data.rand_augment import Composed, RandAugment
+from mim_jax.data.table import TableSource
+from mim_jax.data.table_views import table_views
 from mim_jax.data.transforms import CropWithTarget
 from mim_jax.method import Batch, Method, method_class
 from mim_jax.training import sharding, step
@@ -250,14 +251,6 @@ class Experiment:
         )
 
 
-def training_source(config: ml_collections.ConfigDict) -> Source:
-    """The data that a config trains on."""
-    data = config.data
-    return open_source(
-        data.source, data.split, channels=data.channels, bits=data.bits, backend=data.backend
-    )
-
-
 def training_batches(
     config: ml_collections.ConfigDict,
     source: Source,
@@ -283,6 +276,8 @@ def training_batches(
 
 def training_transform(config: ml_collections.ConfigDict, source: Source) -> TrainTransform:
     """What makes rows of a training batch from the examples of a source."""
+    if isinstance(source, TableSource):
+        return table_views(config.data, source)
     return training_crop(config)
 
 

@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from mim_jax import config as configs
-from mim_jax.data import Source, evaluation_batches, open_source
+from mim_jax.data import Source, evaluation_batches
+from mim_jax.data.configured import evaluation_source, training_source
 from mim_jax.data.on_device import denormalize
 from mim_jax.data.sources import SubsetSource
 from mim_jax.evaluation.labelled_data import evaluation_transform
@@ -29,15 +30,9 @@ PictureFunction = Callable[[Variables], dict[str, Picture]]
 
 def picture_source(config: ml_collections.ConfigDict) -> Source:
     """The data that pictures show: the test split if the config evaluates, else the training's."""
-    data, settings = config.data, config.evaluate
-    tested = bool(settings.protocols)
-    return open_source(
-        (settings.source if tested else "") or data.source,
-        settings.test_split if tested else data.split,
-        channels=data.channels,
-        bits=data.bits,
-        backend=data.backend,
-    )
+    if config.evaluate.protocols:
+        return evaluation_source(config, config.evaluate.test_split)
+    return training_source(config)
 
 
 def picture_batch(

@@ -19,6 +19,7 @@ from rich.console import Console
 from mim_jax import config as configs
 from mim_jax.conversion.export import check_formats, export_variables
 from mim_jax.data import Source
+from mim_jax.data.configured import training_source
 from mim_jax.evaluation.classification import draw_confusion
 from mim_jax.evaluation.labelled_data import labelled_source
 from mim_jax.evaluation.protocols import check_protocols, compare_with_baselines, evaluate
@@ -29,7 +30,6 @@ from mim_jax.training.experiment import (
     Experiment,
     training_batches,
     training_rows,
-    training_source,
 )
 from mim_jax.training.feed import DeviceBatch, DeviceFeed, HostBatch
 from mim_jax.training.flops import peak_flops_of

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from mim_jax import config as configs
 from mim_jax.data import Source
+from mim_jax.data.configured import training_source
 from mim_jax.data.decode import UnreadableImage
 from mim_jax.data.on_device import denormalize
 from mim_jax.data.records import record_of
@@ -34,7 +35,6 @@ from mim_jax.training.experiment import (
     Experiment,
     training_batches,
     training_rows,
-    training_source,
 )
 from mim_jax.training.feed import HostBatch
 from mim_jax.training.run_log import read_metrics

@@ -11,12 +11,12 @@ from rich.progress import track
 from rich.table import Table
 
 from mim_jax.data import Source
+from mim_jax.data.configured import training_source
 from mim_jax.data.decode import choose_backend
 from mim_jax.training.experiment import (
     Experiment,
     training_batches,
     training_rows,
-    training_source,
 )
 from mim_jax.training.stretch import first_state, take_steps, without_host_entries
 from mim_jax.training.versions import versions

@@ -15,9 +15,10 @@ from rich.console import Console
 from mim_jax import config as configs
 from mim_jax.conversion.initial import read_donor
 from mim_jax.conversion.official import export_run, import_checkpoint
+from mim_jax.data.configured import training_source
 from mim_jax.evaluation.run import evaluate_run
 from mim_jax.training.checkpoints import checkpoint_steps, read_variables
-from mim_jax.training.experiment import Experiment, training_source
+from mim_jax.training.experiment import Experiment
 from mim_jax.training.loop import Result, train
 from mim_jax.training.state import TrainState, split_trainable
 from mim_jax.training.stretch import first_state, take_steps

@@ -9,6 +9,7 @@ import pytest
 import scipy.stats
 
 from mim_jax import config as configs
+from mim_jax.data.configured import training_source
 from mim_jax.method import method_class
 from mim_jax.methods.locality_alignment import (
     CALIBRATION,
@@ -21,7 +22,7 @@ from mim_jax.methods.locality_alignment import (
 from mim_jax.models.tower import tower_settings
 from mim_jax.models.transformer import attention_weights
 from mim_jax.models.vit import adopted
-from mim_jax.training.experiment import Experiment, training_batches, training_source
+from mim_jax.training.experiment import Experiment, training_batches
 from mim_jax.training.state import split_trainable
 from mim_jax.training.stretch import first_state, without_host_entries
 from mim_jax.training.tree import flatten, unflatten

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from mim_jax import method
+from mim_jax.data.configured import training_source
 from mim_jax.method import Aux
 from mim_jax.methods.mae import MAE
 from mim_jax.training.checkpoints import read_variables
-from mim_jax.training.experiment import Experiment, training_batches, training_source
+from mim_jax.training.experiment import Experiment, training_batches
 from mim_jax.training.stretch import first_state, without_host_entries
 from tests.training.runs import losses_of, run, tiny
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mim_jax import config as configs
+from mim_jax.data.configured import training_source
 from mim_jax.data.on_device import normalize
 from mim_jax.data.transforms import RandomResizedCrop
 from mim_jax.method import Input
@@ -15,7 +16,6 @@ from mim_jax.training.experiment import (
     Experiment,
     training_batches,
     training_crop,
-    training_source,
 )
 from tests.training.runs import tiny
 

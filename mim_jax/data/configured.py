@@ -1,0 +1,36 @@
+"""The data that a config names."""
+
+import ml_collections
+
+from mim_jax.data.sources import Source
+from mim_jax.data.table_missing import open_with_missing
+
+
+def training_source(config: ml_collections.ConfigDict) -> Source:
+    """The data that a config trains on."""
+    return _open(config, config.data.source, config.data.split, config.data.split)
+
+
+def evaluation_source(config: ml_collections.ConfigDict, split: str) -> Source:
+    """The data that a config evaluates on: `evaluate.source`, or else those of training.
+
+    Args:
+        config: a complete config.
+        split: such as `config.evaluate.test_split`.
+    """
+    name = config.evaluate.source or config.data.source
+    return _open(config, name, split, config.evaluate.train_split)
+
+
+def _open(config: ml_collections.ConfigDict, name: str, split: str, train_split: str) -> Source:
+    data = config.data
+    return open_with_missing(
+        name,
+        split,
+        train_split,
+        data.table.missing,
+        data.table.missing_rate,
+        channels=data.channels,
+        bits=data.bits,
+        backend=data.backend,
+    )
