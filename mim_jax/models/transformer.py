@@ -34,6 +34,15 @@ ATTENTION = "attention"
 """Collection that gets every block's attention probabilities, if it is mutable in `apply`."""
 
 
+DROPOUT = "dropout"
+"""Random stream of dropout; without it, nothing is dropped."""
+
+
+def dropout(rate: float, module: nn.Module) -> nn.Dropout:
+    """Dropout inside a module, active where the module has the stream `DROPOUT`."""
+    return nn.Dropout(rate, deterministic=not module.has_rng(DROPOUT), rng_collection=DROPOUT)
+
+
 def layer_norm(name: str | None, dtype: Any, epsilon: float = LAYER_NORM_EPSILON) -> nn.LayerNorm:
     """LayerNorm with float32 statistics, computed in two passes as PyTorch does."""
     return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
@@ -100,6 +109,7 @@ class Attention(nn.Module):
     logit_cap: float | None = None
     position_bias: tuple[int, ...] | None = None
     causal: bool = False
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
@@ -118,13 +128,15 @@ class Attention(nn.Module):
             own = RelativePositionBias(self.position_bias, self.heads, name="position_bias")()
             bias = own if bias is None else bias + own
         sees = self.is_mutable_collection(ATTENTION) and not self.is_initializing()
-        if sees or self.logit_cap is not None:
+        drops = self.dropout > 0 and self.has_rng(DROPOUT)
+        if sees or drops or self.logit_cap is not None:
             weights = attention_weights(
                 query, key, bias=bias, logit_cap=self.logit_cap, causal=self.causal
             )
         if sees:
             self.sow(ATTENTION, "weights", weights, reduce_fn=lambda _, new: new, init_fn=lambda: 0)
-        if self.logit_cap is not None:
+        if drops or self.logit_cap is not None:
+            weights = dropout(self.dropout, self)(weights)
             x = jnp.einsum("bhts,bshd->bthd", weights.astype(value.dtype), value)
         else:
             # Scaled by head_width^-0.5; logits and softmax are float32 whatever the compute type.
@@ -136,7 +148,7 @@ class Attention(nn.Module):
                 is_causal=self.causal,
                 implementation=self.implementation,
             )
-        return self.merged(x, width)
+        return dropout(self.dropout, self)(self.merged(x, width))
 
     def projected(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Query, key and value of `[batch, tokens, width]`, `[batch, tokens, heads, head_width]`.
@@ -209,6 +221,7 @@ class Mlp(nn.Module):
     ratio: float
     dtype: Any = jnp.float32
     activation: str = "gelu"
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -227,8 +240,9 @@ class Mlp(nn.Module):
         # A ratio that was read off a checkpoint may lie a rounding error below the quotient.
         hidden = int(width * self.ratio + 1e-6)
         x = nn.Dense(hidden, kernel_init=xavier, dtype=self.dtype, name="fc1")(x)
-        x = ACTIVATIONS[self.activation](x)
-        return nn.Dense(width, kernel_init=xavier, dtype=self.dtype, name="fc2")(x).reshape(shape)
+        x = dropout(self.dropout, self)(ACTIVATIONS[self.activation](x))
+        x = nn.Dense(width, kernel_init=xavier, dtype=self.dtype, name="fc2")(x)
+        return dropout(self.dropout, self)(x).reshape(shape)
 
 
 class LayerScale(nn.Module):
@@ -258,6 +272,7 @@ class Block(nn.Module):
     logit_cap: float | None = None
     position_bias: tuple[int, ...] | None = None
     causal: bool = False
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(
@@ -282,13 +297,14 @@ class Block(nn.Module):
             self.logit_cap,
             self.position_bias,
             self.causal,
+            self.dropout,
             name="attention",
         )
         branch = attention(layer_norm("norm1", self.dtype, self.epsilon)(x), attention_bias)
         if self.layer_scale is not None:
             branch = LayerScale(self.layer_scale, name="layer_scale1")(branch)
         x = x + (branch if branch_scales is None else branch * branch_scales[0])
-        mlp = Mlp(self.mlp_ratio, self.dtype, self.activation, name="mlp")
+        mlp = Mlp(self.mlp_ratio, self.dtype, self.activation, self.dropout, name="mlp")
         branch = mlp(layer_norm("norm2", self.dtype, self.epsilon)(x))
         if self.layer_scale is not None:
             branch = LayerScale(self.layer_scale, name="layer_scale2")(branch)
@@ -333,6 +349,8 @@ class Transformer(nn.Module):
         logit_cap: bound of the attention logits, see `attention_weights`; None for none.
         position_bias: grid of a `RelativePositionBias` in every block; None for none.
         causal: a token sees no later one.
+        dropout: rate on attention weights, after the attention's projection and after both layers
+            of the MLP, wherever `apply` gets the random stream `DROPOUT`.
     """
 
     depth: int
@@ -351,6 +369,7 @@ class Transformer(nn.Module):
     logit_cap: float | None = None
     position_bias: tuple[int, ...] | None = None
     causal: bool = False
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(
@@ -398,6 +417,7 @@ class Transformer(nn.Module):
             logit_cap=self.logit_cap,
             position_bias=self.position_bias,
             causal=self.causal,
+            dropout=self.dropout,
         )
         scales = None
         if drop_path_noise is not None and self.drop_path:
@@ -415,7 +435,7 @@ class Transformer(nn.Module):
             loop = nn.scan(
                 body,
                 variable_axes={"params": 0, ATTENTION: 0},
-                split_rngs={"params": True},
+                split_rngs={"params": True, DROPOUT: True},
                 length=self.depth,
             )
             return loop(block(**settings, name="blocks"), x, scales)
