@@ -280,7 +280,8 @@ def open_table(
     check_channels(channels)
     check_bits(bits)
     frame, place = _read_split(path, split)
-    check_columns(frame, (options.image,), str(place))
+    mend = "Name the column with the paths of the images by ?image=COLUMN"
+    check_columns(frame, (options.image,), str(place), mend)
     file = _schema_file(path, options)
     is_kept = file.is_file()
     if is_kept:
@@ -318,7 +319,8 @@ def _inferred(
     label = options.label
     if not label and _LABEL_COLUMN in frame.columns and _LABEL_COLUMN not in options.ignored:
         label = _LABEL_COLUMN
-    check_columns(frame, (options.image, *options.ignored, *filter(None, (label,))), str(place))
+    named = (options.image, *options.ignored, *filter(None, (label,)))
+    check_columns(frame, named, str(place), "Correct the options behind the question mark")
     others = {options.image, label, SPLIT_COLUMN, *options.ignored}
     features = [name for name in frame.columns if name not in others]
     if not features:

@@ -236,14 +236,20 @@ def encoded_labels(frame: "pd.DataFrame", label: Column, place: str) -> np.ndarr
     return _codes(frame[label.name], np.arange(len(frame)), label, place, "error").astype(np.int32)
 
 
-def check_columns(frame: "pd.DataFrame", names: Sequence[str], place: str) -> None:
-    """Raise `ValueError` for columns that a table lacks."""
+_MEND_COLUMNS = (
+    "Add what is lacking (empty cells count as missing values), or take it out of the schema"
+)
+
+
+def check_columns(
+    frame: "pd.DataFrame", names: Sequence[str], place: str, mend: str = _MEND_COLUMNS
+) -> None:
+    """Raise `ValueError` for columns that a table lacks, with what to do about it."""
     lacking = [name for name in names if name not in frame.columns]
     if lacking:
         raise ValueError(
             f"{place} has no column {', '.join(map(repr, lacking))}; it has "
-            f"{', '.join(map(repr, frame.columns))}. Add what is lacking (empty cells count as "
-            "missing values), or take it out of the schema"
+            f"{', '.join(map(repr, frame.columns))}. {mend}"
         )
 
 
@@ -297,7 +303,9 @@ def _inferred(series: "pd.Series", place: str) -> Column:
     if whole is not None and len(np.unique(whole)) <= MAX_WHOLE_NUMBERS:
         return Column(name, CATEGORICAL, tuple(np.unique(whole).tolist()))
     numbers = _numbers(series, np.flatnonzero(~series.isna()), place)
-    return Column(name, NUMERICAL, (), float(numbers.mean()), float(numbers.std()) or 1.0)
+    is_constant = numbers.min() == numbers.max()
+    std = 1.0 if is_constant else float(numbers.std())
+    return Column(name, NUMERICAL, (), float(numbers.mean()), std)
 
 
 def _present(series: "pd.Series", place: str) -> "pd.Series":
