@@ -18,8 +18,11 @@ def evaluation_source(config: ml_collections.ConfigDict, split: str) -> Source:
         config: a complete config.
         split: such as `config.evaluate.test_split`.
     """
-    name = config.evaluate.source or config.data.source
-    return _open(config, name, split, config.evaluate.train_split)
+    settings = config.evaluate
+    if settings.source:
+        return _open(config, settings.source, split, settings.train_split)
+    # Columns are ranked by the data of training, so that the same are missing there and here.
+    return _open(config, config.data.source, split, config.data.split)
 
 
 def _open(config: ml_collections.ConfigDict, name: str, split: str, train_split: str) -> Source:

@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 
+from mim_jax import config as configs
+from mim_jax.data.configured import evaluation_source, training_source
 from mim_jax.data.sources import open_source
 from mim_jax.data.synthetic.pairs import SCHEMA
 from mim_jax.data.table import TableSource
@@ -96,6 +98,17 @@ def test_opening_ranks_columns_by_the_training_split():
     assert not open_with_missing(*options, "none", 0.0).missing.any()
     images = open_with_missing("embedded", "test[:5]", "train", "random_values", 0.5)
     assert len(images) == 5 and images.name == "embedded:test[:5]"
+
+
+def test_a_config_takes_the_same_columns_out_of_training_and_evaluation():
+    config = configs.defaults()
+    config.data.update(source="synthetic:pairs", split="train[:30]")
+    config.data.table.update(missing="least_important", missing_rate=0.5)
+    parts = [training_source(config), evaluation_source(config, "test[:40]")]
+    train = with_missing(pairs("train[:30]"), "least_important", 0.5)
+    assert [len(part) for part in parts] == [30, 40]
+    for part in parts:
+        np.testing.assert_array_equal(part.missing[0], train.missing[0])
 
 
 def test_wrong_settings_are_errors():
