@@ -131,6 +131,12 @@ def _check_arguments(
 ) -> None:
     if not len(source):
         raise ValueError(f"{source.name} has no examples to convert")
+    kind = getattr(source, "kind", "image")
+    if kind != "image":
+        raise ValueError(
+            f"{source.name} has examples of the kind {kind!r}, but shards hold images and labels "
+            "alone; train on it as it is"
+        )
     if split_name_and_bounds(split) != (split, None):
         raise ValueError(f"write to the name of a split, without a slice, got {split!r}")
     if not 1 <= shards <= len(source):

@@ -8,6 +8,7 @@ import pytest
 from mim_jax.data.decode import UnreadableImage
 from mim_jax.data.inspection import inspect_source
 from mim_jax.data.pipeline import evaluation_batches
+from mim_jax.data.shard_writer import convert
 from mim_jax.data.sources import open_source
 from mim_jax.data.table import TableOptions, TableSource
 from mim_jax.data.table_schema import read_schema
@@ -284,6 +285,13 @@ def test_sources_can_be_pickled_and_inspected(tmp_path):
     facts = inspect_source(source)
     assert (facts.count, facts.sampled, facts.channels) == (6, 6, 3)
     assert sum(facts.class_counts) == 6 and facts.bytes_per_image > 0
+
+
+def test_tables_are_not_converted_to_shards_that_would_lose_the_rows(tmp_path):
+    source = opened(write_cars(tmp_path))
+    with pytest.raises(ValueError, match="of the kind 'table', but shards hold images and labels"):
+        convert(source, tmp_path / "shards")
+    assert not (tmp_path / "shards").exists()
 
 
 def test_a_folder_that_may_not_be_written_does_not_stop_reading(tmp_path, monkeypatch, caplog):
