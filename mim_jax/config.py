@@ -96,6 +96,24 @@ def defaults() -> ml_collections.ConfigDict:
                 workers=0,
                 # Largest share of unreadable images before the run stops.
                 max_unreadable=0.01,
+                # Sources of the kind "volume" only; see `mim_jax.data.volumes.VolumeCrops`.
+                volume=dict(
+                    # Crops of a volume that stand together in a batch.
+                    views=8,
+                    # How often the centre of a crop is a voxel of the foreground.
+                    foreground=0.75,
+                    # What tells foreground: "image" (values above 0) or "segmentation" (classes
+                    # above 0), with which the classes of the voxels are read as well.
+                    centre="image",
+                    # How often each axis is flipped, and the first two are turned.
+                    flip=0.5,
+                    rotate=0.3,
+                    # Largest change of the samples, v * (1 + scale) and v + shift, and how often.
+                    scale=0.1,
+                    scale_probability=0.1,
+                    shift=0.1,
+                    shift_probability=0.1,
+                ),
                 # Sources of the kind "table" only.
                 table=dict(
                     # Share of the columns whose values are replaced in a corrupted row.

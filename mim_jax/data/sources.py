@@ -14,6 +14,7 @@ from mim_jax.data.embedded import read_embedded
 from mim_jax.data.fashion_mnist import CLASS_NAMES, read_fashion_mnist
 from mim_jax.data.folder import open_folder
 from mim_jax.data.mixture import open_mixture
+from mim_jax.data.nifti import open_nifti
 from mim_jax.data.order import permuted_indices
 from mim_jax.data.records import Record, record_of
 from mim_jax.data.segmentation import segmentation_of
@@ -31,7 +32,7 @@ _VALID_NAMES = (
     "'embedded' (the sample set in the package), 'fashion_mnist' (the full set), "
     "'synthetic:NAME' (drawn by formulas), "
     "'tfds:NAME[/CONFIG][:VERSION]', 'folder:PATH', 'array_record:PATTERN', 'tar:PATTERN', "
-    "'table:FILE' (CSV or Parquet with images), "
+    "'nifti:FOLDER' (volumes), 'table:FILE' (CSV or Parquet with images), "
     "'mix:SHARE*SOURCE+SHARE*SOURCE', or the path of an existing image folder"
 )
 
@@ -64,10 +65,11 @@ class Source(Protocol):
         ...
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return `image` and, if labelled, `label`.
+        """Return `image` and, if labelled, `label`; of a table its row as well.
 
-        The image is uint8 (0..255) or uint16 (0..65535) `[height, width, channels]`; the label is
-        an int, or a uint8 vector `[num_classes]` of 0 and 1 if the source is multi-label.
+        A volume is a `mim_jax.data.volumes.Volume`. Any other image is uint8 (0..255) or uint16
+        (0..65535) `[height, width, channels]`; the label is an int, or a uint8 vector
+        `[num_classes]` of 0 and 1 if the source is multi-label.
 
         Raises:
             UnreadableImage: (`mim_jax.data.decode`) this example cannot be read; names it.
@@ -192,6 +194,7 @@ def open_source(
             `mim_jax.data.tar_shards`.
         table:FILE[?OPTION=VALUE&...], or the path of a .csv or .parquet file: rows of a table that
             name image files, see `mim_jax.data.table.open_table`.
+        nifti:FOLDER[?OPTION=VALUE&...]: volumes, see `mim_jax.data.nifti.open_nifti`.
         mix:SHARE*SOURCE+SHARE*SOURCE, or mix:FILE.json: several sources with fixed shares, see
             `mim_jax.data.mixture`.
 
@@ -225,8 +228,8 @@ def open_source(
     if kind == "mix":
         return open_mixture(text, split, functools.partial(open_source, **options))
     split_name, bounds = split_name_and_bounds(split)
-    if kind == "synthetic":
-        source = open_synthetic(text, split_name)
+    if kind in _OF_ONE_FORM:
+        source = _OF_ONE_FORM[kind](text, split_name)
     else:
         source = _FILES[kind](text, split_name, **options)
     return source if bounds is None else _slice(source, split, bounds)
@@ -242,7 +245,11 @@ _FILES: dict[str, Callable[..., Source]] = {
     "tar": open_tar,
     "table": open_table,
 }
-_KINDS = ("tfds", "mix", "synthetic", *_FILES)
+_OF_ONE_FORM: dict[str, Callable[[str, str], Source]] = {
+    "synthetic": open_synthetic,
+    "nifti": open_nifti,
+}
+_KINDS = ("tfds", "mix", *_OF_ONE_FORM, *_FILES)
 
 
 def _kind_and_text(name: str) -> tuple[str, str]:

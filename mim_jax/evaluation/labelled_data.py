@@ -19,6 +19,7 @@ from mim_jax.data.pipeline import EvaluationTransform
 from mim_jax.data.segmentation import IGNORED_PATCH, patch_classes, segmentation_of
 from mim_jax.data.table import TableSource
 from mim_jax.data.table_views import table_evaluation
+from mim_jax.data.volumes import volume_centre
 
 PROBE_AREA = (0.08, 1.0)
 """Share of the image in a linear probe's training crops (MAE's `main_linprobe.py`)."""
@@ -74,6 +75,8 @@ def evaluation_transform(
     """
     if isinstance(source, TableSource):
         return table_evaluation(config.data)
+    if getattr(source, "kind", "image") == "volume":
+        return volume_centre(config.data)
     return evaluation_crop(config, largest_side=largest_side)
 
 

@@ -27,6 +27,7 @@ from mim_jax.data.rand_augment import Composed, RandAugment
 from mim_jax.data.table import TableSource
 from mim_jax.data.table_views import table_views
 from mim_jax.data.transforms import CropWithTarget
+from mim_jax.data.volumes import volume_crops
 from mim_jax.method import Batch, Method, method_class
 from mim_jax.training import sharding, step
 from mim_jax.training.flops import count_flops
@@ -278,6 +279,8 @@ def training_transform(config: ml_collections.ConfigDict, source: Source) -> Tra
     """What makes rows of a training batch from the examples of a source."""
     if isinstance(source, TableSource):
         return table_views(config.data, source)
+    if getattr(source, "kind", "image") == "volume":
+        return volume_crops(config.data)
     return training_crop(config)
 
 
