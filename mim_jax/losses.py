@@ -46,9 +46,9 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean cross-entropy of `logits [batch, classes]` against integer `labels [batch]`."""
+    """Mean cross-entropy of `logits [..., classes]` against integer `labels [...]`."""
     log_probability = jax.nn.log_softmax(logits.astype(jnp.float32))
-    return -jnp.mean(jnp.take_along_axis(log_probability, labels[:, None], axis=1))
+    return -jnp.mean(jnp.take_along_axis(log_probability, labels[..., None], axis=-1))
 
 
 def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -162,3 +162,61 @@ def mean_discrepancy(
     kernel = jnp.exp(-squares / jnp.maximum(2 * scale, 1e-12))
     signed = jnp.concatenate([weights[0] / counts[0], -weights[1] / counts[1]])
     return signed @ kernel @ signed
+
+
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
+"""Side of the Gaussian window in pixels, and its standard deviation (Wang et al., 2004)."""
+
+
+def structural_similarity(first: jax.Array, second: jax.Array) -> jax.Array:
+    """Mean structural similarity (SSIM) of images with values in [0, 1], in float32.
+
+    Means and covariances are taken under a Gaussian window that lies wholly inside the image; the
+    result is the mean over its places, channels and images (Wang et al., 2004).
+
+    Args:
+        first: `[batch, height, width, channels]`, no side shorter than the window.
+        second: of the same shape.
+
+    Raises:
+        ValueError: if a side is shorter than the window.
+    """
+    if min(first.shape[1:3]) < SSIM_WINDOW:
+        raise ValueError(
+            f"images of {first.shape[1]} x {first.shape[2]} pixels are smaller than the window of "
+            f"SSIM, {SSIM_WINDOW} x {SSIM_WINDOW}; enlarge them or set the weight of SSIM to 0."
+        )
+    offsets = jnp.arange(SSIM_WINDOW, dtype=jnp.float32) - SSIM_WINDOW // 2
+    window = jnp.exp(-(offsets**2) / (2 * SSIM_SIGMA**2))
+    window /= window.sum()
+
+    def blurred(x: jax.Array) -> jax.Array:
+        rows, columns = (side - SSIM_WINDOW + 1 for side in x.shape[1:3])
+        x = sum(w * x[:, i : i + rows] for i, w in enumerate(window))
+        return sum(w * x[:, :, i : i + columns] for i, w in enumerate(window))
+
+    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+    mean1, mean2 = blurred(first), blurred(second)
+    var1, var2 = blurred(first**2) - mean1**2, blurred(second**2) - mean2**2
+    covariance = blurred(first * second) - mean1 * mean2
+    c1, c2 = 0.01**2, 0.03**2
+    luminance = (2 * mean1 * mean2 + c1) / (mean1**2 + mean2**2 + c1)
+    return jnp.mean(luminance * (2 * covariance + c2) / (var1 + var2 + c2))
+
+
+def dice_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """One minus Dice's coefficient of each class, its mean over classes and examples.
+
+    Of probabilities p and one-hot labels y, `2 sum(p y) / (sum(p^2) + sum(y) + 1e-6)` with sums
+    over the voxels of an example (Milletari et al., 2016, equation 2; background is a class).
+
+    Args:
+        logits: `[batch, *size, classes]`.
+        labels: int `[batch, *size]`.
+    """
+    classes = logits.shape[-1]
+    probability = jax.nn.softmax(logits.astype(jnp.float32)).reshape(len(logits), -1, classes)
+    truth = jax.nn.one_hot(labels, classes, dtype=jnp.float32).reshape(probability.shape)
+    common = jnp.sum(probability * truth, axis=1)  # [B, classes]
+    total = jnp.sum(probability**2 + truth, axis=1)
+    return jnp.mean(1 - 2 * common / (total + 1e-6))

@@ -309,6 +309,73 @@ def split_by_mask(mask: jax.Array, masked: int) -> tuple[jax.Array, jax.Array]:
     return order[:, :visible], order[:, visible:]
 
 
+class NestedMasking(NamedTuple):
+    """Masked tokens, some of which are dropped as well, for every sample of a batch (MAGE).
+
+    Attributes:
+        keep_ids: int32 `[batch, kept]`, positions of the tokens that are not dropped, ascending.
+        restore_ids: int32 `[batch, tokens]`, for each position its place among the kept ones
+            followed by the dropped ones.
+        mask: float32 `[batch, tokens]`, 1 where a token is masked; every dropped one is.
+    """
+
+    keep_ids: jax.Array
+    restore_ids: jax.Array
+    mask: jax.Array
+
+
+def nested_masking(noise: jax.Array, dropped: int, masked: jax.Array | int) -> NestedMasking:
+    """Masks the tokens with the smallest noise, and drops the first of them.
+
+    Args:
+        noise: `[batch, tokens]`, uniform in [0, 1).
+        dropped: number of dropped tokens, static.
+        masked: number of masked tokens, at least `dropped`; may depend on the step.
+    """
+    rank = jnp.argsort(jnp.argsort(noise, axis=1), axis=1)
+    keep_ids, drop_ids = split_by_mask((rank < dropped).astype(jnp.float32), dropped)
+    restore_ids = jnp.argsort(jnp.concatenate([keep_ids, drop_ids], axis=1), axis=1)
+    return NestedMasking(keep_ids, restore_ids, (rank < masked).astype(jnp.float32))
+
+
+class MaskRate(NamedTuple):
+    """A normal distribution truncated to an interval, from which a share of tokens is drawn.
+
+    Attributes:
+        low: smallest share, in [0, 1].
+        high: largest share, in (low, 1].
+        mean: of the normal distribution before truncation.
+        deviation: its standard deviation.
+    """
+
+    low: float
+    high: float
+    mean: float
+    deviation: float = 0.25
+
+    def draw(self, uniform: jax.Array) -> jax.Array:
+        """The shares of given quantiles, by the inverse distribution function.
+
+        Args:
+            uniform: in [0, 1), of any shape.
+        """
+        below, above = (
+            jax.scipy.special.ndtr((bound - self.mean) / self.deviation)
+            for bound in (self.low, self.high)
+        )
+        normal = jax.scipy.special.ndtri(below + uniform * (above - below))
+        return jnp.clip(self.mean + self.deviation * normal, self.low, self.high)
+
+    def smallest(self, tokens: int) -> int:
+        """The smallest number of tokens that a drawn share stands for, rounded up."""
+        return math.ceil(tokens * self.low)
+
+
+def rounded_up(share: jax.Array, tokens: int) -> jax.Array:
+    """Number of tokens of a share, rounded up: int32 of the same shape."""
+    return jnp.ceil(tokens * share).astype(jnp.int32)
+
+
 def enlarge_mask(mask: jax.Array, grid: tuple[int, int], factor: int) -> jax.Array:
     """A token mask `[batch, tokens]` on a finer grid, `[batch, rows * factor, columns * factor]`.
 

@@ -10,9 +10,12 @@ import jax
 import numpy as np
 
 from mim_jax.conversion.dvae import dvae_layout, read_dvae
+from mim_jax.conversion.face_models import read_iresnet, read_lpips
 from mim_jax.conversion.towers import read_tower
 from mim_jax.method import Method, Pretrained
 from mim_jax.models.dvae import DVAEEncoder
+from mim_jax.models.iresnet import IResNet
+from mim_jax.models.lpips import LPIPS
 from mim_jax.models.tower import Tower
 from mim_jax.models.vit import ViT, adopted
 from mim_jax.training.state import TrainState
@@ -88,8 +91,12 @@ def _read(part: Pretrained, wanted: Mapping[str, Any]) -> dict[str, np.ndarray]:
             if value is not None:
                 found[name] = value
         return found
-    if isinstance(module, DVAEEncoder):
+    if isinstance(module, (DVAEEncoder, IResNet, LPIPS)):
         try:
+            if isinstance(module, IResNet):
+                return flatten(read_iresnet(part.path, module))
+            if isinstance(module, LPIPS):
+                return flatten(read_lpips(part.path, module))
             return flatten(dvae_layout(module).load(read_dvae(part.path), unflatten(dict(wanted))))
         except ValueError as error:
             raise ValueError(f"{part.path}, named by {part.field}: {error}") from error

@@ -1,0 +1,1 @@
+"""Making new data with a trained generator."""
