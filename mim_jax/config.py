@@ -209,6 +209,8 @@ def defaults() -> ml_collections.ConfigDict:
                 pool="method",
                 # Share of the image kept by the evaluation crop.
                 crop_ratio=0.875,
+                # Of neighbouring windows, where whole volumes are segmented.
+                overlap=0.5,
                 batch_size=256,
             ),
             # Losses of the unchanged config at some steps, which `mim-jax verify` trains up to.

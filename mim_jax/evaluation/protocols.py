@@ -11,6 +11,7 @@ import numpy as np
 
 from mim_jax.evaluation.attentive_probe import attentive_probe_accuracy
 from mim_jax.evaluation.classification import check_classifier, classification
+from mim_jax.evaluation.dice import check_segmenter, dice
 from mim_jax.evaluation.features import extract_features, raw_pixels
 from mim_jax.evaluation.knn import knn_accuracy
 from mim_jax.evaluation.labelled_data import centre_crops
@@ -30,8 +31,18 @@ NETWORK_PROTOCOLS: dict[str, Callable[..., float | dict[str, float]]] = {
     "patch_local": patch_local,
     "patch_global": patch_global,
     "classification": classification,
+    "dice": dice,
 }
 """Accuracies, or several scores by name, of (method, variables, config)."""
+
+CHECKS: dict[str, Callable[[Method], object]] = {
+    "classification": check_classifier,
+    "dice": check_segmenter,
+}
+"""Of protocols that not every method can do: raises `ValueError` for those that cannot."""
+
+OWN_PREDICTIONS = tuple(CHECKS)
+"""Protocols that score what a method says itself; an untrained one guesses."""
 
 PROTOCOLS: dict[str, str] = {
     "knn": "weighted 20-nearest-neighbour classifier on frozen features",
@@ -41,6 +52,7 @@ PROTOCOLS: dict[str, str] = {
     "patch_local": "recall of the class of every patch from its frozen token (Locality Alignment)",
     "patch_global": "recall of the classes of an image from its frozen patch tokens, likewise",
     "classification": "accuracies, AUROC and cross-entropy of a classifier's own predictions",
+    "dice": "Dice coefficients of segmented volumes, by sliding windows",
 }
 """What each protocol is, by name."""
 
@@ -124,8 +136,7 @@ def compare_with_baselines(
     """
     names = check_protocols(config.evaluate.protocols if protocols is None else protocols, method)
     rows = {"trained": evaluate(method, variables, config, names)}
-    # An untrained classifier guesses, so its predictions are no baseline.
-    of_features = [name for name in names if name != "classification"]
+    of_features = [name for name in names if name not in OWN_PREDICTIONS]
     if of_features:
         rows["untrained"] = evaluate(method, untrained_variables, config, of_features)
     if not set(names).isdisjoint(FEATURE_PROTOCOLS):
@@ -148,8 +159,9 @@ def check_protocols(names: Iterable[str], method: Method | None = None) -> tuple
             raise ValueError(
                 f"unknown evaluation protocol {name!r}; known are {', '.join(PROTOCOLS)}.{hint}"
             )
-    if method is not None and "classification" in names:
-        check_classifier(method)
+    if method is not None:
+        for name in CHECKS.keys() & names:
+            CHECKS[name](method)
     return names
 
 
