@@ -51,7 +51,7 @@ _BROW_ABOVE = 0.17
 _MOUTH_ROW = 0.56
 # How far a part moves when the head turns: what lies nearer to the camera moves farther.
 _HEAD_SHIFT, _EYE_SHIFT, _NOSE_SHIFT = 0.05, 0.17, 0.26
-_SHADE = 0.3  # share of the brightness that the light takes from the far side
+_SHADE = 0.5  # share of the brightness that the light takes from the far side
 
 
 class FaceSource:
@@ -145,8 +145,8 @@ def draw_face(identity: np.ndarray, nuisance: np.ndarray, side: int = SIDE) -> n
         )
     of = dict(zip(IDENTITY_FACTORS, map(float, identity)))
     yaw, light, mouth, background = map(float, nuisance)
-    size = {name: _between(*ends, of[name]) for name, ends in _RANGES.items()}
-    skin, hair = _between(*_SKIN, of["skin"]), _between(*_HAIR, of["hair"])
+    size = {name: _between(ends, of[name]) for name, ends in _RANGES.items()}
+    skin, hair = _between(_SKIN, of["skin"]), _between(_HAIR, of["hair"])
     places = (np.arange(side) + 0.5) * 2 / side - 1
     down, across = places[:, None], places[None, :]
 
@@ -160,7 +160,7 @@ def draw_face(identity: np.ndarray, nuisance: np.ndarray, side: int = SIDE) -> n
     eye_row, mouth_open = size["eye_height"], 0.05 + 0.06 * (1 + mouth)
     head_mask = ellipse(*head, _HEAD_HEIGHT, size["head_width"])
     fringe = np.clip(0.5 + (size["hairline"] - down) * side / 2, 0, 1)
-    image = np.broadcast_to(_between(*_BACKGROUND, background), (side, side, 3))
+    image = np.broadcast_to(_between(_BACKGROUND, background), (side, side, 3))
     image = _laid_on(
         image, hair, ellipse(head[0] - 0.1, head[1], _HEAD_HEIGHT + 0.04, size["head_width"] + 0.1)
     )
@@ -185,8 +185,9 @@ def _first_label(split: str) -> int:
     return 0 if split == "train" else IDENTITIES["train"]
 
 
-def _between(first: Any, last: Any, factor: float) -> Any:
+def _between(ends: Any, factor: float) -> Any:
     """Return the value at a factor in [-1, 1] between those at its ends."""
+    first, last = ends
     return first + (factor + 1) / 2 * (last - first)
 
 
