@@ -177,7 +177,7 @@ class Attention(nn.Module):
         return query, key, value
 
     def merged(self, x: jax.Array, width: int) -> jax.Array:
-        """The output projection: `[batch, tokens, heads, head_width]` -> `[batch, tokens, width]`."""
+        """The output projection, `[batch, tokens, heads, head_width]` -> `[..., width]`."""
         xavier = nn.initializers.xavier_uniform()
         out = nn.DenseGeneral(
             width, axis=(-2, -1), kernel_init=xavier, dtype=self.dtype, name="out"
