@@ -28,8 +28,10 @@ from mim_jax.methods.parts.encoders import (
 )
 from mim_jax.methods.parts.volumes import check_taps, grid_of, planes
 from mim_jax.models.cross_decoder import Decoded, HierarchicalDecoder
-from mim_jax.models.transformer import restacked
+from mim_jax.models.transformer import LAYER_NORM_EPSILON, restacked
 from mim_jax.models.vit import ViT, resize_patch_outputs
+
+MASK_RATIO = 0.75
 
 HEADS = {768: 12, 1536: 16}
 """Heads of the published encoders by width; shapes do not tell them."""
@@ -298,6 +300,18 @@ class HiEndMAE(Method):
             )
         blocks, ours = donor.model.decoder.transformer, self.model.decoder.transformer
         return restacked(path, given, blocks, ours)
+
+
+def encoder_alone(encoder: ViT, taps: tuple[int, ...]) -> HiEndMAE:
+    """A method around the encoder of a UNETR, to read pre-training checkpoints by."""
+    blocks = encoder.transformer
+    # MONAI's epsilon is another one than that of pre-training.
+    encoder = encoder.clone(
+        class_token=True, norm_epsilon=None, transformer=blocks.clone(epsilon=LAYER_NORM_EPSILON)
+    )
+    decoder = HierarchicalDecoder(encoder.grid, 1, encoder.width, encoder.transformer)
+    kept = masking.num_kept(math.prod(encoder.grid), MASK_RATIO)
+    return HiEndMAE(HierarchicalAutoencoder(encoder, decoder, kept, taps))
 
 
 def _encoder_like(state: Mapping[str, np.ndarray], known: Mapping[str, Any], template: ViT) -> ViT:
