@@ -77,7 +77,9 @@ def get_config(variant: str = "large_p12") -> ml_collections.ConfigDict:
             decoder_depth=1,
             decoder_heads=4,
         )
+        # As large as the volumes: one crop of each.
         config.data.update(source="synthetic:abdomens", image_size=(24, 24, 24), workers=0)
+        config.data.volume = dict(views=1)
         config.batch_size = 16
         config.epochs = 20.0
         config.optimizer.lr = 1e-3

@@ -49,6 +49,13 @@ def get_config(variant: str = "large_p12") -> ml_collections.ConfigDict:
                 std=(1.0,),
                 flip=False,
                 workers=8,
+                volume=dict(
+                    views=4,
+                    foreground=0.5,
+                    centre="segmentation",
+                    flip=0.2,
+                    rotate=0.2,
+                ),
             ),
             # Crops: four of one volume.
             batch_size=4,
@@ -56,6 +63,7 @@ def get_config(variant: str = "large_p12") -> ml_collections.ConfigDict:
             optimizer=dict(lr=1e-4, b1=0.9, b2=0.999, weight_decay=1e-5, decay_all=True),
             schedule=dict(warmup_epochs=50.0),
             log=dict(pictures_every_steps=1000),
+            evaluate=dict(protocols=("dice",)),
         )
     )
     if variant == "base_p16":
@@ -70,7 +78,9 @@ def get_config(variant: str = "large_p12") -> ml_collections.ConfigDict:
             feature_size=8,
             num_classes=5,
         )
+        # As large as the volumes: one crop of each. Organs have their places, so nothing is turned.
         config.data.update(source="synthetic:abdomens", image_size=(24, 24, 24), workers=0)
+        config.data.volume.update(views=1, flip=0.0, rotate=0.0)
         config.batch_size = 8
         config.epochs = 5.0
         config.optimizer.lr = 1e-3

@@ -51,6 +51,19 @@ SMALL = {
 
 OWN = {
     "cae": {"model.decoder_width": 16},  # the regressor's, in which it is at home
+    # Widths that six divides; levels to attend to.
+    "hi_end_mae": {
+        "model.width": 12,
+        "model.depth": 3,
+        "model.taps": (0, 1),
+        "model.decoder_width": 12,
+    },
+    "unetr": {
+        "model.width": 12,
+        "model.depth": 4,
+        "model.taps": (0, 1, 2),
+        "model.feature_size": 2,
+    },
     "maskalign": {"model.depth": 4},  # the teacher's: layers are paired
 }
 
