@@ -7,6 +7,7 @@ import pytest
 from benchmarks.experiments import (
     cae,
     dmjd,
+    hi_end_mae,
     locality_alignment,
     maskalign,
     mr_mae,
@@ -142,3 +143,35 @@ def test_disjoint_views_predict_every_token_and_one_view_its_share(
 ):
     task, arm = arms_of(dmjd, monkeypatch, tmp_path)[row]
     assert dmjd.predicted_share(toy_task.experiment_of(task, arm).method, 8) == share
+
+
+def test_hierarchical_decoding_is_compared_on_every_level(monkeypatch, tmp_path):
+    small = {"model.width": 12, "model.heads": 2, "model.decoder_width": 12}
+    monkeypatch.setattr(hi_end_mae, "SIZES", {**hi_end_mae.SIZES, **small})
+    path = tmp_path / "result.json"
+    hi_end_mae.main(["--seeds", "1", "--steps", "2", "--output", str(path)])
+    scores = json.loads(path.read_text())["scores"]
+    assert set(scores) == {"untrained", "plain MAE", "Hi-End-MAE"}
+    for row in scores.values():
+        assert set(row) >= {"h3", "h6", "h9", "final"}
+        assert all(np.isfinite(column["mean"]) for column in row.values())
+    assert path.with_suffix(".png").is_file()
+
+
+def test_shares_of_organs_are_those_of_the_voxels_of_a_patch():
+    classes = np.zeros((1, 24, 24, 24), np.uint8)
+    classes[0, :6, :6, 6:9] = 2  # half of the second patch
+    shares = hi_end_mae.shares(classes)
+    assert shares.shape == (1, 64, 4)
+    assert shares[0, 1].tolist() == [0, 0.5, 0, 0]
+    assert shares.sum() == 0.5
+
+
+def test_probe_finds_what_is_a_linear_function_of_the_tokens():
+    random = np.random.default_rng(0)
+    tokens = random.normal(size=(72, 64, 8)).astype(np.float32)
+    wanted = tokens @ random.normal(size=(8, 4)).astype(np.float32)
+    score, guess = hi_end_mae.probe(tokens, wanted)
+    assert score > 0.99
+    assert guess.shape == (48, 64, 4)
+    assert hi_end_mae.probe(random.normal(size=tokens.shape), wanted)[0] < 0.05
