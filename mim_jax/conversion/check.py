@@ -36,10 +36,10 @@ def in_float32(config: ml_collections.ConfigDict, method: type[Method]) -> Metho
 
 
 def fixed_images(method: Method, config: ml_collections.ConfigDict) -> np.ndarray | None:
-    """Normalized random images `[images, height, width, channels]`; None if it takes no images."""
+    """Normalized random images or volumes `[images, *size, channels]`; None if it takes none."""
     wanted = method.inputs.get("image")
     shape = [] if wanted is None else [size for size in wanted.shape if size is not None]
-    if wanted is None or len(shape) != 3 or len(wanted.shape) != 3:
+    if wanted is None or len(shape) not in (3, 4) or len(shape) != len(wanted.shape):
         return None
     kind: type = np.uint16 if config.data.get("bits", 8) == 16 else np.uint8
     random = np.random.default_rng(SEED)

@@ -14,6 +14,7 @@ from mim_jax.conversion.card import card_path, model_card
 from mim_jax.conversion.files import write_state_dict
 from mim_jax.conversion.formats import Format, Model, State, split_biases
 from mim_jax.conversion.huggingface import CLASSIFIER_FOLDER, MAE_FOLDER, VIT_FOLDER
+from mim_jax.conversion.monai import MONAI_FILE
 from mim_jax.conversion.timm_models import TIMM_FILE
 from mim_jax.conversion.weights import read_weights
 from mim_jax.layout import Layout
@@ -55,7 +56,8 @@ OFFICIAL = Format(
 )
 
 FORMATS = {
-    kind.name: kind for kind in (OFFICIAL, MAE_FOLDER, VIT_FOLDER, CLASSIFIER_FOLDER, TIMM_FILE)
+    kind.name: kind
+    for kind in (OFFICIAL, MAE_FOLDER, VIT_FOLDER, CLASSIFIER_FOLDER, TIMM_FILE, MONAI_FILE)
 }
 
 

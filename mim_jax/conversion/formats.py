@@ -158,6 +158,7 @@ def beyond_plain(model: Model, reader: str, known: Iterable[str] = ()) -> str:
     blocks = encoder.transformer
     norms = {blocks.epsilon, encoder.norm_epsilon or blocks.epsilon}
     features = {
+        "volumes": (len(encoder.patch_size) != 2, "takes volumes"),
         "logit_cap": (blocks.logit_cap is not None, "bounds its attention logits"),
         "position_bias": (
             blocks.position_bias is not None or encoder.shared_position_bias,
