@@ -16,7 +16,7 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-from mim_jax import __version__
+from mim_jax import __version__, cli_generate
 from mim_jax import config as configs
 
 USAGE = """\
@@ -25,6 +25,7 @@ mim-jax: masked image modelling in JAX and Flax
   mim-jax train    --config mae:tiny [--workdir DIR]   train, or go on where a run stopped
   mim-jax evaluate --run DIR --protocol knn,linear     score the features of a run
   mim-jax visualize --run DIR --output DIR             pictures of what the model makes of images
+  mim-jax generate --run DIR --output DIR2 --identities 100   a data set of generated faces
   mim-jax replay   --run DIR --step 1200               what happened in one step of a run
   mim-jax verify   --config mae:tiny                   does it train here as it should?
   mim-jax inspect  --config mae:vit_l16                parameters, sharding, bytes, FLOPs
@@ -220,6 +221,17 @@ def _visualize(arguments: list[str]) -> int:
     )
     for file in files:
         print(f"picture: {file}")
+    return 0
+
+
+def _generate(arguments: list[str]) -> int:
+    values = flags.FlagValues()
+    cli_generate.define_flags(values)
+    _parse_only(values, "generate", arguments)
+    for name in ("run", "output", "identities"):
+        _require(values, "generate", name)
+    _start_jax()
+    cli_generate.generate(values)
     return 0
 
 
@@ -434,6 +446,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "evaluate": _evaluate,
     "inspect": _inspect,
+    "generate": _generate,
     "convert": _convert,
     "visualize": _visualize,
     "replay": _replay,

@@ -207,6 +207,8 @@ def defaults() -> ml_collections.ConfigDict:
                 test_split="test",
                 # "method" takes the paper's representation, "mean" the mean of the patch tokens.
                 pool="method",
+                # File of pairs for "verification", see its `read_pairs`; "" draws them by label.
+                pairs="",
                 # Share of the image kept by the evaluation crop.
                 crop_ratio=0.875,
                 # Of neighbouring windows, where whole volumes are segmented.

@@ -112,6 +112,7 @@ def test_help_of_a_verb_lists_its_flags(capsys, verb, flag):
         "data": "source",
         "replay": "step",
         "verify": "config",
+        "generate": "identities",
     }
     assert f"--{own[verb]}: " in out
     assert verb == "verify" or "Default: " in out

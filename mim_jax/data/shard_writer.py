@@ -102,7 +102,7 @@ def convert(
         return _earlier_conversion(folder, split, plan, manifest["splits"][split])
     unfinished = _unfinished_folder(folder, split, plan)
     parts = []
-    with _progress(console) as progress, ThreadPoolExecutor(threads) as pool:
+    with progress_bar(console) as progress, ThreadPoolExecutor(threads) as pool:
         bar = progress.add_task(f"writing {folder}", total=len(source))
         for number in range(shards):
             rows = range(number * len(source) // shards, (number + 1) * len(source) // shards)
@@ -334,7 +334,8 @@ def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
     unfinished.replace(path)
 
 
-def _progress(console: Console | None) -> Progress:
+def progress_bar(console: Console | None) -> Progress:
+    """A bar with a count and the time left; without a console it shows nothing."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -17,6 +17,7 @@ from mim_jax.evaluation.knn import knn_accuracy
 from mim_jax.evaluation.labelled_data import centre_crops
 from mim_jax.evaluation.linear_probe import lars_probe_accuracy, linear_accuracy
 from mim_jax.evaluation.patch_probe import patch_global, patch_local
+from mim_jax.evaluation.verification import verification
 from mim_jax.method import Method, Variables
 
 FEATURE_PROTOCOLS: dict[str, Callable[..., float]] = {
@@ -32,6 +33,7 @@ NETWORK_PROTOCOLS: dict[str, Callable[..., float | dict[str, float]]] = {
     "patch_global": patch_global,
     "classification": classification,
     "dice": dice,
+    "verification": verification,
 }
 """Accuracies, or several scores by name, of (method, variables, config)."""
 
@@ -52,6 +54,7 @@ PROTOCOLS: dict[str, str] = {
     "patch_local": "recall of the class of every patch from its frozen token (Locality Alignment)",
     "patch_global": "recall of the classes of an image from its frozen patch tokens, likewise",
     "classification": "accuracies, AUROC and cross-entropy of a classifier's own predictions",
+    "verification": "whether two faces are of one person, in ten folds as on LFW",
     "dice": "Dice coefficients of segmented volumes, by sliding windows",
 }
 """What each protocol is, by name."""
