@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -15,7 +15,7 @@ from mim_jax.data.on_device import normalize
 from mim_jax.evaluation.confusion import confusion, confusion_picture
 from mim_jax.evaluation.features import HostBatch, check_unnormalized, collect, mesh_of, place
 from mim_jax.evaluation.labelled_data import centre_crops, labelled_source
-from mim_jax.method import Method, Variables
+from mim_jax.method import Batch, Input, Method, Variables
 
 MOST_NAMED = 10
 """Classes that a warning lists by name."""
@@ -27,8 +27,13 @@ _log = logging.getLogger(__name__)
 class Classifier(Hashable, Protocol):
     """A method that names the class of an image."""
 
-    def logits(self, variables: Variables, images: jax.Array) -> jax.Array:
-        """Logits `[batch, classes]` of normalized images `[batch, height, width, channels]`."""
+    inputs: Mapping[str, Input]
+
+    def logits(self, variables: Variables, images: jax.Array, /, **others: jax.Array) -> jax.Array:
+        """Logits `[batch, classes]` of normalized images `[batch, height, width, channels]`.
+
+        By their names come what else `inputs` has, such as a table, but for the label.
+        """
         ...
 
 
@@ -89,14 +94,15 @@ def predict(
         FileNotFoundError: if the data are not there.
     """
     mesh = mesh_of(variables)
-    forward = _forward(
-        check_classifier(method), tuple(config.data.mean), tuple(config.data.std), mesh
-    )
+    classifier = check_classifier(method)
+    forward = _forward(classifier, tuple(config.data.mean), tuple(config.data.std), mesh)
 
     def logits_of(batch: HostBatch) -> np.ndarray:
-        images = check_unnormalized(batch["image"])
-        logits = forward(variables, place({"image": images}, mesh)["image"])
-        return np.asarray(logits, np.float32)[: len(images)]
+        check_unnormalized(batch["image"])
+        names = {"image", *classifier.inputs} - {"label"}
+        inputs = {name: batch[name] for name in batch if name in names}
+        logits = forward(variables, place(inputs, mesh))
+        return np.asarray(logits, np.float32)[: len(batch["image"])]
 
     logits, labels = collect(centre_crops(config, split), logits_of)
     assert labels is not None, "centre_crops gives labels"
@@ -232,11 +238,12 @@ def _check(logits: np.ndarray, labels: np.ndarray) -> None:
 @functools.lru_cache(maxsize=8)
 def _forward(
     method: Classifier, mean: tuple[float, ...], std: tuple[float, ...], mesh: Mesh | None
-) -> Callable[[Variables, jax.Array], jax.Array]:
+) -> Callable[[Variables, Batch], jax.Array]:
     """The compiled forward pass; kept, so that a second split or evaluation compiles nothing."""
 
-    def forward(variables: Variables, images: jax.Array) -> jax.Array:
-        return method.logits(variables, normalize(images, mean, std))
+    def forward(variables: Variables, batch: Batch) -> jax.Array:
+        others = {name: value for name, value in batch.items() if name != "image"}
+        return method.logits(variables, normalize(batch["image"], mean, std), **others)
 
     # Replicated results can be read by every process.
     return jax.jit(forward, out_shardings=NamedSharding(mesh, PartitionSpec()) if mesh else None)

@@ -17,8 +17,9 @@ import ml_collections
 from mim_jax import config as configs
 from mim_jax.conversion.initial import read_donor
 from mim_jax.conversion.towers import TOLD, settings_of
-from mim_jax.data import open_source
+from mim_jax.data import Source, open_source
 from mim_jax.data.inspection import SourceFacts, inspect_source
+from mim_jax.data.table import TableSource
 from mim_jax.method import Method, method_class
 from mim_jax.methods.mae import MAE
 
@@ -31,6 +32,8 @@ OPEN: dict[str, Any] = {
     "data.image_size": (),
     "model.patch_size": (),
     "model.position_grid": (),
+    "model.categories": (),
+    "model.continuous": 0,
     "model.num_classes": 0,
     "model.labels": "",
     "model.decoder_width": 0,
@@ -45,6 +48,9 @@ OPEN: dict[str, Any] = {
     "evaluate.test_split": "",
 }
 """Fields that can be derived, with the value that leaves them open."""
+
+COLUMN_FIELDS = ("model.categories", "model.continuous")
+"""What the schema of a table tells of its columns."""
 
 SIZE_FIELDS = ("model.width", "model.depth", "model.heads")
 """Open together, where `model.size` is empty and they are 0."""
@@ -208,7 +214,10 @@ class _Derivation:
         for field, setting in told.items():
             if given[field] != setting.value:
                 self.set(field, setting.value, setting.reason)
-        open_ones = [field for field in self.fields if field not in told]
+        if set(COLUMN_FIELDS) & set(self.fields):
+            self._columns()
+        known = {*told, *COLUMN_FIELDS}
+        open_ones = [field for field in self.fields if field not in known]
         if not open_ones:
             return
         if open_ones == ["model.position_grid"]:
@@ -232,12 +241,25 @@ class _Derivation:
             self.settings = [s for s in self.settings if s.field != field]
             self.settings.append(Derived(field, value, reason))
 
-    def _facts(self) -> SourceFacts:
+    def _source(self) -> Source:
         data = self.config.data
         if not data.source:
             raise ValueError("this config has no data of its own: give a folder with --data.")
-        source = open_source(data.source, data.split or "train", backend=data.backend)
-        return inspect_source(source, channels=data.channels or None)
+        return open_source(data.source, data.split or "train", backend=data.backend)
+
+    def _facts(self) -> SourceFacts:
+        return inspect_source(self._source(), channels=self.config.data.channels or None)
+
+    def _columns(self) -> None:
+        source = self._source()
+        if not isinstance(source, TableSource):
+            raise ValueError(
+                f"the data source {source.name!r} has no table, but this method needs one: set "
+                "data.source to a CSV or Parquet file that names images."
+            )
+        counts, continuous = source.schema.category_counts, source.schema.num_continuous
+        self.set("model.categories", counts, "values of the categorical columns of the table")
+        self.set("model.continuous", continuous, "numerical columns of the table")
 
     def _images(self, facts: SourceFacts) -> None:
         looked = f"{facts.sampled} images looked at"
