@@ -1,12 +1,12 @@
 """Four collections of procedural faces, real and forged, for forgery detection across domains.
 
 A face is a large soft ellipse with smaller ones on it, before a textured ground. A forged one has
-an elliptic region of another face of its collection pasted into it, its mean colour moved some of the
-way to that of what it hides. The collections differ as collections of photographs do, in colour
+an elliptic region of another face of its collection pasted into it, its mean colour moved some of
+the way to that of what it hides. The collections differ as collections of photographs do, in colour
 cast, contrast, noise and block compression, and in how the pasted region gives itself away:
 
-    0: a sharp seam; warm, little noise.
-    1: a wide, blurred seam; cold, pale, noisier.
+    0: a sharp seam; warm, hardly any noise.
+    1: a wide, blurred seam; cold, pale, with more noise.
     2: a colour that fits badly; greenish, high contrast.
     3: a resampled region, which has lost its fine detail; dark, strongly compressed.
 """
@@ -27,7 +27,7 @@ EXAMPLES = {"train": 2000, "test": 500}
 
 _BLOCK = 8  # pixels along a block of the compression
 _FEATURES = 4  # small ellipses on a face
-_MATCHED = 0.5  # share of the difference in mean colour that a forger takes away
+_MATCHED = 0.3  # share of the difference in mean colour that a forger takes away
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +54,10 @@ class Collection:
 
 
 COLLECTIONS = (
-    Collection(0.25, 0.0, False, (1.10, 1.00, 0.85), 1.0, 0.015, 0.02),
-    Collection(2.50, 0.0, False, (0.85, 0.98, 1.15), 0.7, 0.030, 0.02),
+    Collection(0.25, 0.0, False, (1.10, 1.00, 0.85), 1.0, 0.010, 0.02),
+    Collection(2.00, 0.0, False, (0.85, 0.98, 1.15), 0.75, 0.020, 0.02),
     Collection(1.00, 0.2, False, (0.92, 1.10, 0.92), 1.3, 0.020, 0.03),
-    Collection(1.00, 0.0, True, (0.75, 0.72, 0.70), 0.9, 0.025, 0.04),
+    Collection(1.00, 0.0, True, (0.75, 0.72, 0.70), 0.9, 0.015, 0.04),
 )
 
 
