@@ -113,7 +113,6 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
         config.model.update(
             clip=tower_settings(
                 "clip_b16",
-                size="",
                 width=64,
                 depth=4,
                 heads=4,

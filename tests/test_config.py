@@ -48,8 +48,15 @@ def own(write_config, fields: str) -> str:
 @pytest.mark.parametrize("name", all_variants())
 def test_every_variant_of_every_config_builds_its_method(name, tmp_path):
     config = configs.load(name)
-    if open_fields(config):
-        config.data.source = "embedded"
+    if opened := open_fields(config):
+        if "model.categories" in opened:
+            config.data.source = "synthetic:pairs"
+        elif "model.domains" in opened:
+            config.data.source = "mix:" + "+".join(
+                f"1*synthetic:collections:{number}" for number in range(4)
+            )
+        else:
+            config.data.source = "embedded"
         config, _ = derive(config, tmp_path)
     config = configs.resolve(config, "cpu")
     method = method_class(config.method).build(config)

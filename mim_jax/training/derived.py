@@ -19,6 +19,7 @@ from mim_jax.conversion.initial import read_donor
 from mim_jax.conversion.towers import TOLD, settings_of
 from mim_jax.data import Source, open_source
 from mim_jax.data.inspection import SourceFacts, inspect_source
+from mim_jax.data.mixture import MixtureSource
 from mim_jax.data.table import TableSource
 from mim_jax.method import Method, method_class
 from mim_jax.methods.mae import MAE
@@ -34,6 +35,7 @@ OPEN: dict[str, Any] = {
     "model.position_grid": (),
     "model.categories": (),
     "model.continuous": 0,
+    "model.domains": 0,
     "model.num_classes": 0,
     "model.labels": "",
     "model.decoder_width": 0,
@@ -51,6 +53,8 @@ OPEN: dict[str, Any] = {
 
 COLUMN_FIELDS = ("model.categories", "model.continuous")
 """What the schema of a table tells of its columns."""
+
+DOMAINS = "model.domains"
 
 SIZE_FIELDS = ("model.width", "model.depth", "model.heads")
 """Open together, where `model.size` is empty and they are 0."""
@@ -216,7 +220,9 @@ class _Derivation:
                 self.set(field, setting.value, setting.reason)
         if set(COLUMN_FIELDS) & set(self.fields):
             self._columns()
-        known = {*told, *COLUMN_FIELDS}
+        if DOMAINS in self.fields:
+            self._domains()
+        known = {*told, *COLUMN_FIELDS, DOMAINS}
         open_ones = [field for field in self.fields if field not in known]
         if not open_ones:
             return
@@ -260,6 +266,16 @@ class _Derivation:
         counts, continuous = source.schema.category_counts, source.schema.num_continuous
         self.set("model.categories", counts, "values of the categorical columns of the table")
         self.set("model.continuous", continuous, "numerical columns of the table")
+
+    def _domains(self) -> None:
+        source = self._source()
+        if not isinstance(source, MixtureSource):
+            raise ValueError(
+                f"the data source {source.name!r} is no mixture, but this method trains on several "
+                "domains: set data.source to mix:1*FIRST+1*SECOND, or model.domains to their "
+                "number."
+            )
+        self.set(DOMAINS, len(source.shares), "sources of the mixture")
 
     def _images(self, facts: SourceFacts) -> None:
         looked = f"{facts.sampled} images looked at"
