@@ -23,6 +23,9 @@ CONFIG_FOLDER = next(
 FREE_FIELDS = ("model", "optimizer.groups", "sharding.rules")
 """Parts whose fields belong to the method or the user, so that `defaults` cannot list them."""
 
+BATCHES = ("shuffled", "domains")
+"""What batches are made of."""
+
 CROPS = ("random_resized", "keep_ratio")
 """Training crops."""
 
@@ -65,6 +68,11 @@ def defaults() -> ml_collections.ConfigDict:
                 # "embedded", "fashion_mnist", "folder:PATH", "tfds:NAME" or another of the README.
                 source="embedded",
                 split="train",
+                # "shuffled" takes each epoch in a new order; "domains" gives equal blocks of a few
+                # sources of a mixture, each half real and half fake, and tells the `domain`.
+                batches="shuffled",
+                # Of "domains": blocks of a batch, each of another source.
+                domains_per_batch=2,
                 # Height and width; of volumes, height, width and depth.
                 image_size=(224, 224),
                 channels=3,
@@ -437,6 +445,10 @@ def resolve(config: ml_collections.ConfigDict, platform: str) -> ml_collections.
         raise ValueError(
             f"data.color_jitter {config.data.color_jitter} needs images of 8 bits; set it to "
             "(0, 0, 0), or data.bits to 8."
+        )
+    if config.data.batches not in BATCHES:
+        raise ValueError(
+            f"data.batches is {config.data.batches!r}; known are {', '.join(BATCHES)}."
         )
     if config.data.crop not in CROPS:
         raise ValueError(f"data.crop is {config.data.crop!r}; known are {', '.join(CROPS)}.")

@@ -2,13 +2,16 @@
 
 import ml_collections
 
+from mim_jax.data.domains import domains_of
 from mim_jax.data.sources import Source
 from mim_jax.data.table_missing import open_with_missing
 
 
 def training_source(config: ml_collections.ConfigDict) -> Source:
-    """The data that a config trains on."""
-    return _open(config, config.data.source, config.data.split, config.data.split)
+    """The data that a config trains on; as domains if its batches are made of them."""
+    data = config.data
+    source = _open(config, data.source, data.split, data.split)
+    return domains_of(source, data.source) if data.batches == "domains" else source
 
 
 def evaluation_source(config: ml_collections.ConfigDict, split: str) -> Source:

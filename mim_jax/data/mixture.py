@@ -51,15 +51,24 @@ class MixtureSource:
 
     Attributes: as for `Source`, and
         shares: of each source, adding up to 1.
+        sources: themselves.
+        names: what each source was called by, without its split.
     """
 
-    def __init__(self, name: str, sources: Sequence["Source"], shares: Sequence[Fraction]) -> None:
+    def __init__(
+        self,
+        name: str,
+        sources: Sequence["Source"],
+        shares: Sequence[Fraction],
+        names: Sequence[str] | None = None,
+    ) -> None:
         """Mix sources.
 
         Args:
             name: for messages.
             sources: one or more.
             shares: positive, of each source; only their proportion counts.
+            names: of each source, as it was asked for; None for the names that they have.
 
         Raises:
             ValueError: no source, an empty source, a share that is not positive, or sources of
@@ -73,7 +82,8 @@ class MixtureSource:
         self.class_names: tuple[str, ...] | None = None
         self.multi_label = False
         self.kind = getattr(sources[0], "kind", "image")
-        self._sources = tuple(sources)
+        self.sources = tuple(sources)
+        self.names = tuple(names or (source.name for source in sources))
         self._weights = weights
         self._turns, self._turn_ranks = turns(weights)
         self._new_labels: list[np.ndarray] | None = None
@@ -90,12 +100,12 @@ class MixtureSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return the example of the source whose turn it is, its label as in `class_names`."""
         member, inner = self.place(index)
-        return self._relabelled(self._sources[member][inner], member)
+        return self._relabelled(self.sources[member][inner], member)
 
     def record(self, index: int) -> Record | None:
         """Return the example with its image undecoded; None if its source holds no files."""
         member, inner = self.place(index)
-        record = record_of(self._sources[member], inner)
+        record = record_of(self.sources[member], inner)
         return None if record is None else self._relabelled(record, member)
 
     def place(self, index: int) -> tuple[int, int]:
@@ -105,21 +115,21 @@ class MixtureSource:
         period, turn = divmod(index, len(self._turns))
         member = int(self._turns[turn])
         visit = period * int(self._weights[member]) + int(self._turn_ranks[turn])
-        length = len(self._sources[member])
+        length = len(self.sources[member])
         epoch, position = divmod(visit, length)
         return member, permuted_index(position, length, seed=member, epoch=epoch)
 
     def _join_classes(self) -> None:
         """Number the classes anew; leave the mixture unlabelled if the sources do not fit."""
-        if len({getattr(source, "multi_label", False) for source in self._sources}) > 1:
+        if len({getattr(source, "multi_label", False) for source in self.sources}) > 1:
             return
-        named = [source.class_names for source in self._sources if source.class_names is not None]
-        if named and len(named) < len(self._sources):
+        named = [source.class_names for source in self.sources if source.class_names is not None]
+        if named and len(named) < len(self.sources):
             return
-        self.multi_label = getattr(self._sources[0], "multi_label", False)
+        self.multi_label = getattr(self.sources[0], "multi_label", False)
         if not named:
-            self.num_classes = max(source.num_classes or 0 for source in self._sources)
-            own = [np.arange(source.num_classes or 0) for source in self._sources]
+            self.num_classes = max(source.num_classes or 0 for source in self.sources)
+            own = [np.arange(source.num_classes or 0) for source in self.sources]
         else:
             number: dict[str, int] = {}
             for name in itertools.chain.from_iterable(named):
@@ -144,12 +154,26 @@ class MixtureSource:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Member:
-    """One source as a mixture names it."""
+class Member:
+    """One source as a mixture names it.
+
+    Attributes:
+        source: its name.
+        share: positive.
+        split: its own, which stands for the split `train`; None if it has none.
+    """
 
     source: str
     share: Fraction
-    split: str | None
+    split: str | None = None
+
+    def split_for(self, split: str) -> str:
+        """Return the split to ask the source for where the mixture is asked for one."""
+        return self.split if self.split and split == "train" else split
+
+    def __str__(self) -> str:
+        """Return the member as a mixture writes it."""
+        return f"{self.share}*{self.source}" + (f"|{self.split}" if self.split else "")
 
 
 def open_mixture(
@@ -176,20 +200,33 @@ def open_mixture(
             "would hold examples of the other; slice its sources: "
             "'mix:0.7*folder:/a|train[:90%]+0.3*folder:/b|train[:90%]'"
         )
-    in_file = text.endswith(".json") and "*" not in text
-    members = _members_of_file(text) if in_file else _members_inline(text)
+    members = members_of(text)
     sources = []
     for number, member in enumerate(members, 1):
         if member.source.startswith("mix:"):
             raise ValueError(f"source {number} of the mixture is a mixture itself: {member.source}")
-        own_split = member.split if member.split and split == "train" else split
         try:
-            sources.append(open_member(member.source, own_split))
+            sources.append(open_member(member.source, member.split_for(split)))
         except (ValueError, OSError, ImportError) as error:
             kind = FileNotFoundError if isinstance(error, OSError) else ValueError
             raise kind(f"source {number} of the mixture, {member.source!r}: {error}") from error
     name = f"mix:{text}" if split == "train" else f"mix:{text}:{split}"
-    return MixtureSource(name, sources, [member.share for member in members])
+    names = [member.source for member in members]
+    return MixtureSource(name, sources, [member.share for member in members], names)
+
+
+def members_of(text: str) -> list[Member]:
+    """Return the sources that a mixture names, without opening them.
+
+    Args:
+        text: as for `open_mixture`.
+
+    Raises:
+        ValueError: a mixture that is not understood.
+        FileNotFoundError: the JSON file is not there.
+    """
+    in_file = text.endswith(".json") and "*" not in text
+    return _members_of_file(text) if in_file else _members_inline(text)
 
 
 def whole_shares(shares: Sequence[Fraction]) -> np.ndarray:
@@ -243,22 +280,22 @@ def turns(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return whose, ranks
 
 
-def _members_inline(text: str) -> list[_Member]:
+def _members_inline(text: str) -> list[Member]:
     members = []
     for part in _BETWEEN_MEMBERS.split(text):
         match = _MEMBER.fullmatch(part)
         if match is None:
             raise ValueError(f"{part!r} in the mixture has no share; write {_FORM}")
         source, _, split = match[2].partition("|")
-        members.append(_Member(source.strip(), _share(match[1], source), split.strip() or None))
+        members.append(Member(source.strip(), _share(match[1], source), split.strip() or None))
     return members
 
 
-def _members_of_file(path: str) -> list[_Member]:
+def _members_of_file(path: str) -> list[Member]:
     try:
         content = json.loads(pathlib.Path(path).expanduser().read_text())
         return [
-            _Member(entry["source"], _share(entry["share"], entry["source"]), entry.get("split"))
+            Member(entry["source"], _share(entry["share"], entry["source"]), entry.get("split"))
             for entry in content["sources"]
         ]
     except FileNotFoundError:

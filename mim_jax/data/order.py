@@ -1,12 +1,76 @@
 """The order of the data as a pure function of (seed, step), without a stored permutation."""
 
 import functools
+from collections.abc import Mapping, Sized
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 _ROUNDS = 8
 _MAX_SEED = 2**64
 _WORD = 2**64 - 1
+_STEP = 0x9E3779B97F4A7C15
+
+
+class Rows(NamedTuple):
+    """Where rows of a training batch come from.
+
+    Attributes:
+        indices: in the source, int64 `[n]`.
+        epoch: with the position, it names the random numbers of a row.
+        positions: int64 `[n]`.
+        columns: what else the batch tells of each row, by name, each `[n, ...]`.
+    """
+
+    indices: np.ndarray
+    epoch: int
+    positions: np.ndarray
+    columns: Mapping[str, np.ndarray]
+
+
+class Order(Protocol):
+    """Which examples make the batch of a step: a pure function of the step, without state."""
+
+    def rows(self, step: int, first: int, stop: int) -> Rows:
+        """Return rows `first` to `stop` of the global batch of a step, counted in examples."""
+        ...
+
+    def alike(self, index: int) -> range:
+        """Return the examples of which one may stand for an unreadable example, with itself."""
+        ...
+
+
+class ShuffledOrder:
+    """Every epoch is a new permutation of the whole source, see `batch_indices`."""
+
+    def __init__(self, source: Sized, batch_size: int, seed: int) -> None:
+        """Order a source.
+
+        Args:
+            source: only its length is asked for.
+            batch_size: examples per step over all processes.
+            seed: of the run.
+
+        Raises:
+            ValueError: a batch size below 1, or above the number of examples; a bad seed.
+        """
+        steps_per_epoch(len(source), batch_size)  # checks the sizes
+        check_seed(seed)
+        self._length = len(source)
+        self._batch_size = batch_size
+        self._seed = seed
+
+    def rows(self, step: int, first: int, stop: int) -> Rows:
+        """Return rows `first` to `stop` of the global batch of a step."""
+        epoch, positions = epoch_and_positions(self._length, self._batch_size, step)
+        positions = positions[first:stop]
+        indices = permuted_indices(positions, self._length, self._seed, epoch)
+        return Rows(indices, epoch, positions, {})
+
+    def alike(self, index: int) -> range:
+        """Return all examples of the source."""
+        del index
+        return range(self._length)
 
 
 def steps_per_epoch(source_length: int, batch_size: int) -> int:
@@ -103,6 +167,18 @@ def permuted_index(position: int, source_length: int, seed: int, epoch: int) -> 
             return value
 
 
+def hashed(*numbers: int) -> int:
+    """Return a number below 2**64 that is spread evenly, even where `numbers` are neighbours.
+
+    Args:
+        numbers: each below 2**64.
+    """
+    state = np.zeros(1, np.uint64)
+    for number in numbers:
+        state = _mixed((state ^ np.uint64(number)) + np.uint64(_STEP))
+    return int(state[0])
+
+
 def check_seed(seed: int) -> None:
     """Raise `ValueError` unless `0 <= seed < 2**64`."""
     if not 0 <= seed < _MAX_SEED:
@@ -144,8 +220,7 @@ def _feistel(values: np.ndarray, half_bits: np.uint64, keys: np.ndarray) -> np.n
 def _round_keys(seed: int, epoch: int) -> np.ndarray:
     """Return uint64 `[rounds]` keys; every bit of seed and epoch reaches every key."""
     state = _mixed(_mixed(np.array([seed], np.uint64)) ^ np.array([epoch], np.uint64))
-    step = np.uint64(0x9E3779B97F4A7C15)
-    return _mixed(state + step * np.arange(1, _ROUNDS + 1, dtype=np.uint64))
+    return _mixed(state + np.uint64(_STEP) * np.arange(1, _ROUNDS + 1, dtype=np.uint64))
 
 
 @functools.lru_cache(maxsize=1024)

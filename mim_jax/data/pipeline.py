@@ -13,11 +13,10 @@ from absl import flags
 
 from mim_jax.data.decode import UnreadableImage
 from mim_jax.data.order import (
+    Order,
     RowGenerators,
+    ShuffledOrder,
     batch_indices,
-    check_seed,
-    epoch_and_positions,
-    permuted_indices,
     steps_per_epoch,
 )
 from mim_jax.data.sources import Source
@@ -28,6 +27,8 @@ __all__ = ["batch_indices", "evaluation_batches", "steps_per_epoch", "train_batc
 Batch = dict[str, np.ndarray]
 Batches = Generator[Batch, None, None]
 TrainTransform = Callable[[Any, np.random.Generator], np.ndarray | Mapping[str, np.ndarray]]
+OrderOf = Callable[[Source, int, int], Order]
+"""From source, examples in a batch and seed."""
 EvaluationTransform = Callable[[Any], np.ndarray | Mapping[str, np.ndarray]]
 
 # A source that has this many bad examples in a row is broken as a whole.
@@ -55,6 +56,7 @@ def train_batches(
     threads: int | None = None,
     prefetch: int | None = None,
     timed: bool = False,
+    order: OrderOf = ShuffledOrder,
 ) -> Batches:
     """Return the training batches of this process, from `start_step` on.
 
@@ -92,12 +94,14 @@ def train_batches(
         prefetch: finished batches kept ready, in each worker process; None for `threads`, and at
             least 2. Each takes `local_batch * height * width * channels` bytes.
         timed: add the time that each batch took to make.
+        order: which examples make the batch of a step, in place of a permutation of the source;
+            see `mim_jax.data.domains.domain_order`.
 
     Returns:
         A generator of dictionaries; call its `close()` to stop the threads and worker processes
         before its end.
             image: uint8 or uint16 `[local_batch, height, width, channels]`, as the source gives.
-            ...: what else the transform gives, such as `target_image`.
+            ...: what else the transform and the order give, such as `target_image`.
             label: int32 `[local_batch]`, or int8 `[local_batch, classes]` of several labels an
                 image (0 or 1 each), only if the source is labelled.
             index: int64 `[local_batch]`, the index of the row in the source (for an unreadable
@@ -112,15 +116,14 @@ def train_batches(
         RuntimeError: (while reading) too many unreadable examples in a row.
     """
     batch_size = examples_per_batch(batch_size, transform)
-    steps_per_epoch(len(source), batch_size)  # checks the sizes
-    check_seed(seed)
+    ordered = order(source, batch_size, seed)
     if start_step < 0 or (num_steps is not None and num_steps < 0):
         raise ValueError(
             f"start_step and num_steps must not be negative, got {start_step} and {num_steps}"
         )
     rows = _local_rows(batch_size, process_index, process_count)
     make_batch = functools.partial(
-        _TrainRows(source, transform, batch_size, seed, timed), first=rows.start, stop=rows.stop
+        _TrainRows(source, transform, ordered, seed, timed), first=rows.start, stop=rows.stop
     )
     stop_step = _ENDLESS if num_steps is None else start_step + num_steps
     steps = range(start_step, stop_step)
@@ -184,7 +187,7 @@ class _TrainRows:
 
     source: Source
     transform: TrainTransform
-    batch_size: int
+    order: Order
     seed: int
     timed: bool = False
     warned: set[int] = dataclasses.field(default_factory=set)
@@ -192,19 +195,18 @@ class _TrainRows:
     def __call__(self, step: int, first: int, stop: int) -> Batch:
         """Return rows `first` to `stop` of the global batch of a step."""
         clock = start_clock()
-        epoch, positions = epoch_and_positions(len(self.source), self.batch_size, step)
-        positions = positions[first:stop]
-        indices = permuted_indices(positions, len(self.source), self.seed, epoch)
+        rows = self.order.rows(step, first, stop)
         generators = RowGenerators(self.seed)
-        batch = _BatchBuffer(stop - first, views_of(self.transform))
+        batch = _BatchBuffer(stop - first, views_of(self.transform), rows.columns)
         for row, (index, position) in enumerate(
-            zip(indices.tolist(), positions.tolist(), strict=True)
+            zip(rows.indices.tolist(), rows.positions.tolist(), strict=True)
         ):
             clock.go_on_with(_LOAD)
-            element, unreadable = readable_element(self.source, index, self.warned)
+            alike = self.order.alike(index)
+            element, unreadable = readable_element(self.source, index, self.warned, alike)
             clock.go_on_with(_AUGMENT)
             given = _given(self.transform, element)
-            image = self.transform(given, generators.at(epoch, position))
+            image = self.transform(given, generators.at(rows.epoch, position))
             batch.put(row, index, image, element.get("label"), unreadable)
         clock.go_on_with(_OTHER)
         arrays = batch.arrays()
@@ -242,7 +244,10 @@ class _EvaluationRows:
 class _BatchBuffer:
     """Collects rows into arrays that are allocated once the first image shows its shape."""
 
-    def __init__(self, size: int, views: int | None = None) -> None:
+    def __init__(
+        self, size: int, views: int | None = None, columns: Mapping[str, np.ndarray] | None = None
+    ) -> None:
+        self._columns = columns or {}
         self._images: dict[str, np.ndarray] = {}
         self._labels: np.ndarray | None = None
         self._size = size
@@ -286,7 +291,12 @@ class _BatchBuffer:
         self._unreadable[row] = unreadable
 
     def arrays(self) -> Batch:
-        arrays = {**self._images, "index": self._indices, "unreadable": self._unreadable}
+        arrays = {
+            **self._images,
+            **self._columns,
+            "index": self._indices,
+            "unreadable": self._unreadable,
+        }
         if self._labels is not None:
             arrays["label"] = self._labels
         if self._views is None:
@@ -326,25 +336,27 @@ def _given(transform: Any, element: dict[str, Any]) -> Any:
 
 
 def readable_element(
-    source: Source, index: int, warned: set[int] | None = None
+    source: Source, index: int, warned: set[int] | None = None, alike: range | None = None
 ) -> tuple[dict[str, Any], bool]:
     """Return the example at `index`, or the next readable one, and whether it was replaced.
 
     The replacement is the first readable of `index + 1`, `index + 2`, ..., counted around the end
-    of the source, so it is the same in every run.
+    of `alike`, so it is the same in every run.
 
     Args:
         source: what to read.
         index: the wanted example.
         warned: indices for which a warning was logged before; new ones are added.
+        alike: the examples among which to look, `index` among them; None for the whole source.
 
     Raises:
         RuntimeError: 100 examples in a row, or all of them, are unreadable; names the first.
     """
     first_error: UnreadableImage | None = None
-    tries = min(MAX_REPLACEMENTS + 1, len(source))
+    alike = range(len(source)) if alike is None else alike
+    tries = min(MAX_REPLACEMENTS + 1, len(alike))
     for offset in range(tries):
-        candidate = (index + offset) % len(source)
+        candidate = alike[(index - alike.start + offset) % len(alike)]
         try:
             return source[candidate], offset > 0
         except UnreadableImage as error:

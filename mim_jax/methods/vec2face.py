@@ -564,7 +564,9 @@ def _resized(
 
     width, size = own["latent_prior_proj_f.weight"].shape
     old = method.generator
-    heads = known.get("heads", max(1, width // 64))  # no shape tells; so are all published sizes
+    # No shape tells the heads; those of all published sizes are 64 wide.
+    same = width == old.tokens.width
+    heads = known.get("heads", old.tokens.encoder.heads if same else max(1, width // 64))
     decoder_heads = known.get("decoder_heads", old.tokens.decoder.heads)
     channels = len(own["im_decoder.conv_out.weight"])
     levels = range(count("im_decoder.up"))

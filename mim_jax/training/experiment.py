@@ -20,9 +20,11 @@ from mim_jax.data import (
     train_batches,
 )
 from mim_jax.data.color_jitter import ColorJitter
+from mim_jax.data.domains import domain_order
 from mim_jax.data.keep_ratio_crop import KeepRatioCrop
 from mim_jax.data.on_device import normalize, random_flip
-from mim_jax.data.pipeline import Batches, TrainTransform, views_of
+from mim_jax.data.order import ShuffledOrder
+from mim_jax.data.pipeline import Batches, OrderOf, TrainTransform, views_of
 from mim_jax.data.rand_augment import Composed, RandAugment
 from mim_jax.data.table import TableSource
 from mim_jax.data.table_views import table_views
@@ -272,7 +274,15 @@ def training_batches(
         process_count=jax.process_count(),
         workers=config.data.workers,
         timed=timed,
+        order=training_order(config),
     )
+
+
+def training_order(config: ml_collections.ConfigDict) -> OrderOf:
+    """Which examples make a batch."""
+    if config.data.batches == "domains":
+        return domain_order(config.data.domains_per_batch, config.accumulate)
+    return ShuffledOrder
 
 
 def training_transform(config: ml_collections.ConfigDict, source: Source) -> TrainTransform:

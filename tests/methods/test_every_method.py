@@ -65,6 +65,9 @@ OWN = {
         "model.feature_size": 2,
     },
     "maskalign": {"model.depth": 4},  # the teacher's: layers are paired
+    "vec2face": {"model.discriminator_start": 0},
+    # A mixture has no slices.
+    "gm_df": {"data.split": "train", "model.depth": 3, "model.second_order_layers": (0, 1)},
 }
 
 
