@@ -121,7 +121,9 @@ class TorchMAE(nn.Module):
         super().__init__()
         encoder, decoder = method.model.encoder, method.model.decoder
         width, patches = encoder.width, method.tokens
-        self.patch_size, self.grid, self.kept = encoder.patch_size, encoder.grid, method.model.kept
+        height, patch_width = encoder.patch_size
+        self.patch_size = (height, patch_width)
+        self.grid, self.kept = encoder.grid, method.model.kept
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.register_buffer("pos_embed", torch.zeros(1, 1 + patches, width))
         patch_embed = nn.Conv2d(encoder.channels, width, self.patch_size, self.patch_size)

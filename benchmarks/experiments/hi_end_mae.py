@@ -213,7 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
         "Hi-End-MAE": Arm(options.steps, len(unlabelled), cross_attention=True),
     }
     rows: dict[str, dict[str, list[float]]] = {}
-    predicted = {}
+    predicted: dict[str, np.ndarray] = {}
 
     def add(row: str, arm: Arm, variables: Variables, loss: Mapping[str, float]) -> None:
         found, guess = scores(arm, variables, labelled)
