@@ -15,6 +15,7 @@ from mim_jax.data import (
     train_batches,
 )
 from mim_jax.data.configured import evaluation_source
+from mim_jax.data.domains import DomainSource, domains_of
 from mim_jax.data.pipeline import EvaluationTransform
 from mim_jax.data.segmentation import IGNORED_PATCH, patch_classes, segmentation_of
 from mim_jax.data.table import TableSource
@@ -61,6 +62,40 @@ def centre_crops(
     source, _ = labelled_source(config, split)
     crop = evaluation_transform(config, source, largest_side=largest_side)
     return _with_labels(_all_examples(config, source, crop), source, split)
+
+
+def domain_source(config: ml_collections.ConfigDict, split: str) -> DomainSource:
+    """The source of `config.evaluate`, or else of `config.data`, as domains.
+
+    Args:
+        config: a complete config.
+        split: such as `config.evaluate.test_split`.
+
+    Raises:
+        ValueError: no labels, or a domain without real or without fake examples, see
+            `DomainSource`.
+        FileNotFoundError: if the data are not there.
+    """
+    source, _ = labelled_source(config, split)
+    return domains_of(source, config.evaluate.source or config.data.source)
+
+
+def domain_crops(config: ml_collections.ConfigDict, split: str) -> tuple[Batches, tuple[str, ...]]:
+    """`centre_crops` of every example of all domains once, and the names of the domains.
+
+    The batches also have `domain`, int32 `[batch]`, which counts the names; 0 in empty rows.
+
+    Args:
+        config: a complete config.
+        split: such as `config.evaluate.test_split`.
+
+    Raises:
+        ValueError: as for `domain_source`.
+        FileNotFoundError: if the data are not there.
+    """
+    source = domain_source(config, split)
+    batches = _all_examples(config, source, evaluation_transform(config, source))
+    return _with_domains(batches, source), source.names
 
 
 def evaluation_transform(
@@ -194,6 +229,14 @@ def _with_patch_labels(
                 assert classes is not None, "a source knows the pixels of all examples or none"
                 labels[row] = patch_classes(crop.of_classes(classes), grid)
             yield {**batch, "label": labels}
+
+
+def _with_domains(batches: Generator, source: DomainSource) -> Batches:
+    """The batches with the number of the domain of each row."""
+    with contextlib.closing(batches):
+        for batch in batches:
+            domains = [source.group(max(index, 0)) // 2 for index in batch["index"].tolist()]
+            yield {**batch, "domain": np.array(domains, np.int32)}
 
 
 def _with_labels(batches: Generator, source: Source, split: str) -> Batches:
