@@ -72,7 +72,8 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
                 align_by_class=False,
                 # "none", "first" or "second" order.
                 meta="first",
-                # k: a batch has k + 1 equal blocks of one domain each; the last is the meta-test.
+                # k: a batch has k + 1 equal blocks of one domain each, as many as
+                # data.domains_per_batch says; the last is the meta-test.
                 meta_train_domains=1,
                 # Beta, the rate of the inner step.
                 inner_rate=1e-4,
@@ -86,6 +87,8 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
             data=dict(
                 source="mix:0.2*folder:ff++ + 0.2*folder:wdf + 0.2*folder:celeb_df "
                 "+ 0.2*folder:dfdc + 0.2*folder:dff",
+                batches="domains",
+                domains_per_batch=2,
                 image_size=(224, 224),
                 mean=(0.48145466, 0.4578275, 0.40821073),
                 std=(0.26862954, 0.26130258, 0.27577711),
@@ -105,7 +108,7 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
             ),
             schedule=dict(warmup_epochs=0.0, by_epoch=True),
             log=dict(pictures_every_steps=5000),
-            evaluate=dict(test_split="test"),
+            evaluate=dict(protocols=("detection",), test_split="test"),
         )
     )
     config.model.update(LADDER.get(variant, {}))
@@ -134,6 +137,8 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
         )
         config.data = dict(
             source="mix:" + " + ".join(f"0.25*synthetic:collections:{i}" for i in range(4)),
+            batches="domains",
+            domains_per_batch=2,
             image_size=(32, 32),
             crop_area=(0.8, 1.0),
         )
@@ -143,5 +148,5 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
         config.schedule.update(warmup_epochs=1.0, by_epoch=False)
         config.log = dict(every_steps=50, pictures_every_steps=200)
         config.checkpoint = dict(every_steps=200)
-        config.evaluate = dict(protocols=("knn", "linear"), crop_ratio=1.0)
+        config.evaluate = dict(protocols=("detection",), crop_ratio=1.0)
     return config

@@ -11,6 +11,7 @@ import numpy as np
 
 from mim_jax.evaluation.attentive_probe import attentive_probe_accuracy
 from mim_jax.evaluation.classification import check_classifier, classification
+from mim_jax.evaluation.detection import check_detector, detection
 from mim_jax.evaluation.dice import check_segmenter, dice
 from mim_jax.evaluation.features import extract_features, raw_pixels
 from mim_jax.evaluation.knn import knn_accuracy
@@ -34,12 +35,14 @@ NETWORK_PROTOCOLS: dict[str, Callable[..., float | dict[str, float]]] = {
     "classification": classification,
     "dice": dice,
     "verification": verification,
+    "detection": detection,
 }
 """Accuracies, or several scores by name, of (method, variables, config)."""
 
 CHECKS: dict[str, Callable[[Method], object]] = {
     "classification": check_classifier,
     "dice": check_segmenter,
+    "detection": check_detector,
 }
 """Of protocols that not every method can do: raises `ValueError` for those that cannot."""
 
@@ -56,6 +59,7 @@ PROTOCOLS: dict[str, str] = {
     "classification": "accuracies, AUROC and cross-entropy of a classifier's own predictions",
     "verification": "whether two faces are of one person, in ten folds as on LFW",
     "dice": "Dice coefficients of segmented volumes, by sliding windows",
+    "detection": "area under the ROC curve and equal error rate of forged images, by domain",
 }
 """What each protocol is, by name."""
 

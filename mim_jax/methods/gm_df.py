@@ -139,6 +139,7 @@ class GMDF(Method):
         model, dtype = config.model, jnp.dtype(config.compute_dtype)
         configs.check_choices(model, CHOICES)
         _check_meta(model)
+        _check_batches(config)
         attention = model.attention or None
         tower = build_tower(model.clip, config.compute_dtype, attention=attention)
         encoder = tower.encoder
@@ -526,4 +527,23 @@ def _check_meta(model: ml_collections.ConfigDict) -> None:
             f"{model.domains - 1}. For one domain alone set model.meta to 'none'."
         )
     if not model.experts:
-        raise ValueError("model.experts is 0, but the meta step trains experts: set model.meta.")
+        raise ValueError(
+            "model.experts is 0, but the meta step trains experts: set model.meta to 'none'."
+        )
+
+
+def _check_batches(config: ml_collections.ConfigDict) -> None:
+    """Raises `ValueError` if the batches do not tell domains, or not in the meta step's blocks."""
+    model, data = config.model, config.data
+    if data.batches != "domains":
+        raise ValueError(
+            f"data.batches is {data.batches!r}, but GM-DF needs the domain of every image: set it "
+            "to 'domains'."
+        )
+    if model.meta != "none" and data.domains_per_batch != model.meta_train_domains + 1:
+        raise ValueError(
+            f"data.domains_per_batch is {data.domains_per_batch}, but model.meta_train_domains is "
+            f"{model.meta_train_domains}: a batch has a block for each of these and one for the "
+            "meta-test domain, so set data.domains_per_batch to "
+            f"{model.meta_train_domains + 1}, or model.meta to 'none'."
+        )

@@ -66,8 +66,20 @@ OWN = {
     },
     "maskalign": {"model.depth": 4},  # the teacher's: layers are paired
     "vec2face": {"model.discriminator_start": 0},
-    # A mixture has no slices.
-    "gm_df": {"data.split": "train", "model.depth": 3, "model.second_order_layers": (0, 1)},
+    # Its sizes are those of the two towers of CLIP; and a mixture has no slices.
+    "gm_df": {
+        "data.split": "train",
+        "model.clip.width": 16,
+        "model.clip.depth": 2,
+        "model.clip.heads": 2,
+        "model.clip.outputs": 8,
+        "model.clip.patch_size": (8, 8),
+        "model.text.width": 8,
+        "model.text.depth": 1,
+        "model.expert_hidden": 8,
+        "model.second_order_layers": (0,),
+        "schedule.warmup_epochs": 0.0,  # its epochs are long
+    },
 }
 
 
