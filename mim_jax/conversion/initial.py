@@ -1,7 +1,8 @@
 """Starts a run from given weights: `config.init_from`."""
 
+import collections
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from mim_jax.training.tree import differences, flatten, unflatten
 
 BATCH_STATISTICS = "batch_stats"
 """The collection that belongs to the parameters of the same modules."""
+
+MOST_NAMES = 8
+"""Of more arrays a note tells the modules only."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,10 +125,20 @@ def initialize_from(path: str, method: Method, state: TrainState) -> tuple[Train
             )
     left_out = [name.removeprefix("params/") for name in unused] + list(donor.left_out)
     if left_out:
-        notes.append(f"not used by this model: {', '.join(left_out)}")
+        notes.append(f"not used by this model: {_told(left_out)}")
     if fresh:
-        notes.append(f"not in the weights, so at their initial values: {', '.join(fresh)}")
+        notes.append(f"not in the weights, so at their initial values: {_told(fresh)}")
     return dataclasses.replace(state, params=params, mutable=variables), notes
+
+
+def _told(names: Sequence[str]) -> str:
+    """The names of arrays; of many, the modules that hold them, with numbers of arrays."""
+    if len(names) <= MOST_NAMES:
+        return ", ".join(names)
+    modules = collections.Counter("/".join(name.split("/")[:2]) for name in names)
+    return ", ".join(
+        f"{module} ({count} arrays)" if count > 1 else module for module, count in modules.items()
+    )
 
 
 class _Recorded(dict[str, np.ndarray]):
