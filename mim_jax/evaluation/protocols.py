@@ -15,7 +15,7 @@ from mim_jax.evaluation.detection import check_detector, detection
 from mim_jax.evaluation.dice import check_segmenter, dice
 from mim_jax.evaluation.features import extract_features, raw_pixels
 from mim_jax.evaluation.knn import knn_accuracy
-from mim_jax.evaluation.labelled_data import centre_crops
+from mim_jax.evaluation.labelled_data import centre_crops, domain_source, labelled_source
 from mim_jax.evaluation.linear_probe import lars_probe_accuracy, linear_accuracy
 from mim_jax.evaluation.patch_probe import patch_global, patch_local
 from mim_jax.evaluation.verification import verification
@@ -48,6 +48,9 @@ CHECKS: dict[str, Callable[[Method], object]] = {
 
 OWN_PREDICTIONS = tuple(CHECKS)
 """Protocols that score what a method says itself; an untrained one guesses."""
+
+OTHER_LABELS = ("dice",)
+"""Protocols that need no label of an example: they compare with what else it has."""
 
 PROTOCOLS: dict[str, str] = {
     "knn": "weighted 20-nearest-neighbour classifier on frozen features",
@@ -170,6 +173,21 @@ def check_protocols(names: Iterable[str], method: Method | None = None) -> tuple
         for name in CHECKS.keys() & names:
             CHECKS[name](method)
     return names
+
+
+def check_labels(config: ml_collections.ConfigDict) -> None:
+    """Looks before training whether the protocols of a config find labels after it.
+
+    Raises:
+        ValueError: if a protocol needs labels that the data do not have, or domains of both
+            classes.
+        FileNotFoundError: if the data are not there.
+    """
+    if set(config.evaluate.protocols) - set(OTHER_LABELS):
+        for split in (config.evaluate.train_split, config.evaluate.test_split):
+            labelled_source(config, split)
+    if "detection" in config.evaluate.protocols:
+        domain_source(config, config.evaluate.test_split)
 
 
 def _feature_accuracies(splits: FeatureSplits, names: Iterable[str]) -> dict[str, float]:

@@ -21,8 +21,12 @@ from mim_jax.conversion.export import check_formats, export_variables
 from mim_jax.data import Source
 from mim_jax.data.configured import training_source
 from mim_jax.evaluation.classification import draw_confusion
-from mim_jax.evaluation.labelled_data import labelled_source
-from mim_jax.evaluation.protocols import check_protocols, compare_with_baselines, evaluate
+from mim_jax.evaluation.protocols import (
+    check_labels,
+    check_protocols,
+    compare_with_baselines,
+    evaluate,
+)
 from mim_jax.training.bottleneck import DataDoctor
 from mim_jax.training.checkpoints import Checkpoints, read_variables
 from mim_jax.training.derived import as_text, derive
@@ -105,9 +109,7 @@ def train(
     source = training_source(config)
     experiment = Experiment.build(config, training_rows(config, source), devices)
     check_protocols(config.evaluate.protocols, experiment.method)
-    if config.evaluate.protocols:
-        for split in (config.evaluate.train_split, config.evaluate.test_split):
-            labelled_source(config, split)  # raises now, rather than after the last step
+    check_labels(config)
     check_formats(config.export.formats, experiment.method, config)
     config = experiment.config
     with contextlib.ExitStack() as stack:

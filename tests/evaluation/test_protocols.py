@@ -6,6 +6,7 @@ from mim_jax.evaluation import labelled_data, protocols
 from mim_jax.evaluation.protocols import (
     FEATURE_PROTOCOLS,
     NETWORK_PROTOCOLS,
+    OTHER_LABELS,
     PROTOCOLS,
     check_protocols,
     compare_with_baselines,
@@ -83,10 +84,6 @@ def test_unknown_protocol_is_named_with_the_nearest():
         evaluate(Toy(), toy_variables(), toy_config(), ["knn", "liner"])
     assert check_protocols("knn") == ("knn",)
     assert check_protocols(["knn", "linear", "knn"]) == ("knn", "linear")
-
-
-OTHER_LABELS = ("dice",)
-"""Protocols that look at other labels than those of images."""
 
 
 @pytest.mark.parametrize("name", [name for name in PROTOCOLS if name not in OTHER_LABELS])
