@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.linalg import sqrtm
 from scipy.special import log_softmax
 from sklearn.metrics import log_loss
 
@@ -12,10 +13,13 @@ from mim_jax.losses import (
     cosine_distance,
     cross_entropy,
     masked_mean,
+    mean_discrepancy,
+    moments,
     smooth_l1,
     smoothed_targets,
     soft_cross_entropy,
     squared_error,
+    wasserstein_distance,
 )
 
 few = settings(max_examples=15, deadline=None)
@@ -192,3 +196,78 @@ def test_losses_with_soft_targets_survive_large_logits_and_half_precision():
         right, wrong = loss(logits, jnp.eye(2)), loss(logits, 1 - jnp.eye(2))
         assert right.dtype == jnp.float32
         assert right == 0 and wrong > 1e3 and np.isfinite(wrong)
+
+
+def moments_of(rows: np.ndarray):
+    return moments(jnp.asarray(rows), jnp.ones(len(rows)))
+
+
+@few
+@given(seeds)
+def test_wasserstein_distance_of_equal_features_is_zero_with_a_finite_gradient(seed):
+    rows = draw(seed, 4, 6)  # fewer rows than channels: the covariance is singular
+    fixed = moments_of(rows)
+    for diagonal in (False, True):
+
+        def distance(rows, diagonal=diagonal):
+            return wasserstein_distance(fixed, moments_of(rows), diagonal=diagonal)
+
+        value, gradient = jax.value_and_grad(distance)(jnp.asarray(rows))
+        assert abs(float(value)) < 1e-4
+        assert np.isfinite(gradient).all()
+
+
+@few
+@given(seeds)
+def test_wasserstein_distance_is_that_of_the_two_gaussians(seed):
+    first, second = draw(seed, 20, 5), 1 + 2 * draw(seed + 1, 15, 5)
+    a, b = (np.cov(x.astype(np.float64), rowvar=False) + 1e-6 * np.eye(5) for x in (first, second))
+    root = sqrtm(a)
+    overlap = np.trace(sqrtm(root @ b @ root)).real
+    expected = np.sum((first.mean(0) - second.mean(0)) ** 2) + np.trace(a + b) - 2 * overlap
+    ours = wasserstein_distance(moments_of(first), moments_of(second))
+    np.testing.assert_allclose(ours, expected, rtol=1e-4)
+
+
+@few
+@given(seeds)
+def test_wasserstein_distance_of_diagonal_covariances_is_the_diagonal_one(seed):
+    random = np.random.default_rng(seed)
+    # Every channel by itself goes up and down.
+    steps = np.concatenate([np.eye(4), -np.eye(4)]).astype(np.float32)
+    first, second = (
+        moments_of(random.normal(size=4) + random.uniform(0.5, 2, 4) * steps) for _ in range(2)
+    )
+    np.testing.assert_allclose(
+        wasserstein_distance(first, second),
+        wasserstein_distance(first, second, diagonal=True),
+        rtol=1e-4,
+    )
+
+
+def test_wasserstein_distance_has_the_gradient_of_its_second_features():
+    first, second = draw(0, 12, 4), 1 + draw(1, 10, 4)
+
+    def distance(rows):
+        return wasserstein_distance(moments_of(first), moments(rows, jnp.ones(len(second))))
+
+    gradient = jax.grad(distance)(jnp.asarray(second))
+    step = 1e-2 * draw(2, 10, 4)
+    difference = distance(jnp.asarray(second + step)) - distance(jnp.asarray(second - step))
+    np.testing.assert_allclose(np.sum(gradient * step), difference / 2, rtol=2e-2)
+
+
+@few
+@given(seeds)
+def test_mean_discrepancy_is_the_mean_of_kernels_within_less_that_between(seed):
+    first, second = draw(seed, 6, 3), 0.5 + draw(seed + 1, 4, 3)
+    rows = np.concatenate([first, second])
+    squares = np.sum((rows[:, None] - rows[None]) ** 2, axis=-1)
+    kernel = np.exp(-squares / (2 * squares.mean()))
+    expected = kernel[:6, :6].mean() + kernel[6:, 6:].mean() - 2 * kernel[:6, 6:].mean()
+    ours = mean_discrepancy(first, second, (jnp.ones(6), jnp.ones(4)))
+    np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-6)
+    # Rows without weight do not count, neither in the means nor in the kernel's width.
+    more = np.concatenate([first, 10 * draw(seed + 2, 2, 3)])
+    weights = jnp.asarray([1.0] * 6 + [0.0] * 2), jnp.ones(4)
+    np.testing.assert_allclose(mean_discrepancy(more, second, weights), ours, rtol=1e-3, atol=1e-6)
