@@ -117,8 +117,8 @@ def inspect_source(
         multi_label=bool(getattr(source, "multi_label", False)),
         class_counts=class_counts,
         counted=counted,
-        heights=_spread([look.facts.height for look in looks]),
-        widths=_spread([look.facts.width for look in looks]),
+        heights=spread([look.facts.height for look in looks]),
+        widths=spread([look.facts.width for look in looks]),
         channels=channels,
         channel_counts=dict(sorted(stored.items())),
         bits=bits,
@@ -305,7 +305,8 @@ def _readable(results: Iterable[Any]) -> tuple[list[Any], list[str]]:
     return found, errors
 
 
-def _spread(values: Sequence[int]) -> tuple[int, int, int]:
+def spread(values: Sequence[int]) -> tuple[int, int, int]:
+    """Return the smallest, median and largest of some sizes."""
     return min(values), int(np.median(values)), max(values)
 
 
@@ -333,11 +334,16 @@ def _rows(facts: SourceFacts) -> list[tuple[str, str]]:
         total = facts.bytes_per_image * facts.count / 1e6
         exact = "" if facts.sampled == facts.count else "about "
         rows.append(("size", f"{facts.bytes_per_image:,} bytes an image, {exact}{total:,.1f} MB"))
-    rows += [("unreadable", str(len(facts.unreadable)))]
-    rows += [("", line) for line in facts.unreadable[:_UNREADABLE_SHOWN]]
-    if len(facts.unreadable) > _UNREADABLE_SHOWN:
-        rows.append(("", f"and {len(facts.unreadable) - _UNREADABLE_SHOWN} more"))
-    return rows + _class_rows(facts)
+    return rows + unreadable_rows(facts.unreadable) + _class_rows(facts)
+
+
+def unreadable_rows(unreadable: Sequence[str]) -> list[tuple[str, str]]:
+    """Return lines of a table: how many are unreadable, and why the first of them are."""
+    rows = [("unreadable", str(len(unreadable)))]
+    rows += [("", line) for line in unreadable[:_UNREADABLE_SHOWN]]
+    if len(unreadable) > _UNREADABLE_SHOWN:
+        rows.append(("", f"and {len(unreadable) - _UNREADABLE_SHOWN} more"))
+    return rows
 
 
 def _class_rows(facts: SourceFacts) -> list[tuple[str, str]]:

@@ -279,6 +279,8 @@ def _images(config: ml_collections.ConfigDict, batches: list[MicroBatch]) -> np.
     """The images of a step in the order of its batch, uint8 `[batch, height, width, channels]`."""
     images = jnp.stack([batch["image"] for batch, _ in batches], axis=1)  # [B / n, n, H, W, C]
     images = images.reshape(-1, *images.shape[2:])
+    if images.ndim == 5:  # of volumes, the plane in the middle, with the front at the top
+        images = images[:, :, :, images.shape[3] // 2].swapaxes(1, 2)[:, ::-1]
     return np.asarray(denormalize(images, config.data.mean, config.data.std))
 
 
