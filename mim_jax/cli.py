@@ -147,9 +147,10 @@ def _evaluate(arguments: list[str]) -> int:
     flags.DEFINE_list(
         "protocol",
         None,
-        "By default those of the run's config. knn (weighted, cosine, k = 20), linear (logistic "
-        "regression by L-BFGS on features), linear_lars (the paper's recipe: augmentation, batch "
-        "norm, LARS), classification (a fine-tuned model's predictions, with a confusion matrix).",
+        "By default those of the run's config. Of features: knn, linear (logistic regression), "
+        "linear_lars (MAE's recipe), attentive (CAE's), patch_local and patch_global; of what a "
+        "method says itself: classification (with a confusion matrix), dice (volumes), "
+        "verification (faces), detection (forgeries, by domain).",
         flag_values=values,
     )
     flags.DEFINE_string("data", None, "Labelled data in place of the run's.", flag_values=values)
@@ -251,8 +252,8 @@ def _convert(arguments: list[str]) -> int:
     flags.DEFINE_string(
         "format",
         "official",
-        "What --run is written as: official or timm (a file), hf-mae, hf-vit or hf-classifier (a "
-        "folder). What --input holds is recognized.",
+        "What --run is written as: official, timm or monai-vit (a file), hf-mae, hf-vit or "
+        "hf-classifier (a folder). What --input holds is recognized.",
         flag_values=values,
     )
     config = parse(values, "convert", arguments)

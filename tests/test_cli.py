@@ -12,6 +12,7 @@ import mim_jax
 from mim_jax import cli
 from mim_jax import config as configs
 from mim_jax.conversion.files import write_state_dict
+from mim_jax.evaluation.protocols import PROTOCOLS
 from tests.methods.tiny import tiny_mae, tiny_params
 
 TINY = [
@@ -119,6 +120,12 @@ def test_help_of_a_verb_lists_its_flags(capsys, verb, flag):
     if verb in ("train", "inspect"):
         for field, value in configs.leaves(configs.load("mae:tiny")).items():
             assert f"--config.{field}={value!r}" in out
+
+
+def test_help_of_evaluate_names_every_protocol(capsys):
+    assert run("evaluate", "--help") == 0
+    shown = capsys.readouterr().out
+    assert [name for name in PROTOCOLS if not re.search(rf"\b{name}\b", shown)] == []
 
 
 def test_help_shows_the_fields_of_the_named_config(capsys):
