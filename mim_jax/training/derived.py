@@ -18,6 +18,7 @@ from mim_jax import config as configs
 from mim_jax.conversion.initial import read_donor
 from mim_jax.conversion.towers import TOLD, settings_of
 from mim_jax.data import Source, open_source
+from mim_jax.data.domains import DomainSource
 from mim_jax.data.inspection import SourceFacts, inspect_source
 from mim_jax.data.mixture import MixtureSource
 from mim_jax.data.table import TableSource
@@ -185,6 +186,21 @@ def complete_from_weights(
         raise ValueError(f"{path} has no classifier to tell model.num_classes: set it.")
     config.model.num_classes = len(donor.variables["params/head/bias"])
     return config
+
+
+def check_domains(config: ml_collections.ConfigDict, source: Source) -> None:
+    """Raises `ValueError` if a source has another number of domains than `model.domains` says.
+
+    Args:
+        config: with nothing open.
+        source: that it trains on.
+    """
+    domains = configs.leaves(config).get(DOMAINS)
+    if domains is not None and isinstance(source, DomainSource) and len(source.names) != domains:
+        raise ValueError(
+            f"{DOMAINS} is {domains}, but {source.name!r} has {len(source.names)} domains: "
+            f"{', '.join(source.names)}; set {DOMAINS} to 0, which takes their number."
+        )
 
 
 def _filled(

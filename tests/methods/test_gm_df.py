@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from mim_jax import config as configs
+from mim_jax.data.configured import training_source
 from mim_jax.masking import random_masking
 from mim_jax.methods.gm_df import GMDF, UNSEEN, Aligned
+from mim_jax.training.derived import check_domains, derive
 from mim_jax.training.experiment import Experiment
 from mim_jax.training.optimizer import is_decayed
 from mim_jax.training.state import init_state, split_trainable
@@ -406,3 +408,13 @@ def test_clip_has_a_rate_of_its_own_and_tokens_are_not_decayed():
 def test_settings_that_do_not_fit_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         build(**changes)
+
+
+def test_the_domains_of_the_model_are_those_of_the_data(tmp_path):
+    config, settings = derive(config_of(**{"model.domains": 0}), tmp_path)
+    assert ("model.domains", 4) in [(setting.field, setting.value) for setting in settings]
+    source = training_source(config)
+    check_domains(config, source)
+    config.model.domains = 3
+    with pytest.raises(ValueError, match=r"model.domains is 3, but 'mix:.*' has 4 domains: synth"):
+        check_domains(config, source)
