@@ -15,7 +15,7 @@ from mim_jax.conversion.pretrained import load_pretrained
 from mim_jax.data.configured import training_source
 from mim_jax.masking import random_masking
 from mim_jax.methods.gm_df import GMDF, UNSEEN, Aligned
-from mim_jax.training.derived import check_domains, derive
+from mim_jax.training.derived import check_domains, complete_without_data, derive
 from mim_jax.training.experiment import Experiment
 from mim_jax.training.optimizer import is_decayed
 from mim_jax.training.state import TrainState, init_state, split_trainable
@@ -480,8 +480,12 @@ def test_settings_that_do_not_fit_are_named(changes, message):
 def test_the_domains_of_the_model_are_those_of_the_data(tmp_path):
     config, settings = derive(config_of(**{"model.domains": 0}), tmp_path)
     assert ("model.domains", 4) in [(setting.field, setting.value) for setting in settings]
+    assert complete_without_data(config_of(**{"model.domains": 0})).model.domains == 4
     source = training_source(config)
     check_domains(config, source)
     config.model.domains = 3
     with pytest.raises(ValueError, match=r"model.domains is 3, but 'mix:.*' has 4 domains: synth"):
         check_domains(config, source)
+    alone = config_of(**{"model.domains": 0, "data.source": "synthetic:collections:0"})
+    with pytest.raises(ValueError, match="'synthetic:collections:0' is no mixture, but this"):
+        derive(alone, tmp_path)
