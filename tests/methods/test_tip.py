@@ -215,7 +215,7 @@ def test_missing_cells_are_hidden_and_have_no_target():
     assert np.isfinite(loss)
 
 
-def test_the_order_of_the_batch_orders_the_similarities_and_nothing_else():
+def test_the_order_of_the_batch_orders_the_logits_and_nothing_else():
     batch, masked = batch_of(), cells(0, 3)
     order = np.array([2, 0, 3, 1])
     (loss, _), before, _ = step(batch, masked)
@@ -224,6 +224,9 @@ def test_the_order_of_the_batch_orders_the_similarities_and_nothing_else():
     (again, _), after, _ = step(shuffled, masked, noise)
     expected = before.similarity[order][:, order]
     np.testing.assert_allclose(after.similarity, expected, rtol=1e-4, atol=1e-4)
+    # Of pairs, of tables with other images, and of images with other tables.
+    matching = before.matching.reshape(3, 4, 2)[:, order]
+    np.testing.assert_allclose(after.matching.reshape(3, 4, 2), matching, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(again, loss, rtol=1e-4)
 
 
