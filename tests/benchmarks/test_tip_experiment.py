@@ -1,6 +1,5 @@
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -23,9 +22,6 @@ SMALL = {
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(tip, "SIZES", {**tip.SIZES, **SMALL})
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_a_seed_deals_all_rows_and_another_seed_deals_others():

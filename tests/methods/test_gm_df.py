@@ -48,14 +48,6 @@ SIZES = {
 RNGS = {"mask": jax.random.key(3)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Nothing here depends on how fast a program is."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def config_of(**changes):
     return configs.load("gm_df:tiny", {**SIZES, **changes})
 
