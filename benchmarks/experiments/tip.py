@@ -26,10 +26,10 @@ All settings are those of the configs `tip:tiny` and `tip_classifier:tiny`, but 
 have 32 pixels a side and the ResNet three stages, as at 64 and with four the runs would take longer
 than twenty minutes of a core. There are 400 steps. There is no weight decay, by which Adam would
 move what an arm does not train. The last weights are tested. Scores of a trial of 20 steps at 64
-pixels were seen before, and after 400 steps, in which the hue and the pairs were hardly learned, the
-same was run with --steps 1200 on the same seeds; no other setting was chosen by test scores.
-Result: benchmarks/results/tip.json (400 steps), tip_1200.json, and a picture of accuracy by rate of
-each.
+pixels were seen before; and since hue and pairs were hardly learned in 400 steps, the same was run
+with --steps 1200 on the same seeds. No other setting was chosen by test scores.
+Result: benchmarks/results/tip.json (400 steps) and tip_1200.json, and of each a picture of accuracy
+by rate.
 """
 
 import argparse
