@@ -187,7 +187,6 @@ def _inspect(arguments: list[str]) -> int:
     _start_jax()
     from mim_jax.training.inspection import inspection
 
-    # In a file or a pipe there is no width to keep to, and paths are best read in one piece.
     console = wide_console()
     console.print(*inspection(config), sep="\n")
     return 0

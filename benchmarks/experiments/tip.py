@@ -49,6 +49,7 @@ from PIL import Image, ImageDraw
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+from benchmarks.experiments.seeded import Seeded
 from benchmarks.experiments.toy_task import spread
 from benchmarks.measure import RESULTS, Report
 from mim_jax import config as configs
@@ -64,8 +65,7 @@ from mim_jax.methods.tip import LOSSES, TIP
 from mim_jax.methods.tip_classifier import TIPClassifier
 from mim_jax.training.experiment import Experiment, training_batches
 from mim_jax.training.pictures import load_font
-from mim_jax.training.state import TrainState, init_state, state_from_variables
-from mim_jax.training.step import make_train_step
+from mim_jax.training.state import TrainState, state_from_variables
 
 CATEGORIES = tuple(len(c.values) for c in SCHEMA.columns if c.kind == "categorical")
 SIZES: dict[str, Any] = {
@@ -134,23 +134,8 @@ class Trainer:
         """Builds the experiment; nothing is compiled before it is needed."""
         self.experiment = experiment = Experiment.build(config, examples, jax.devices()[:1])
         self.config, self.method = experiment.config, experiment.method
-        like = {name: jnp.zeros((1, *x.shape[1:])) for name, x in experiment.batch_shapes().items()}
-        self.initial = jax.jit(
-            lambda seed: init_state(
-                experiment.method, experiment.optimizer, jax.random.key(seed), like
-            )
-        )
-
-        def step(state: Any, batch: Any, seed: jax.Array) -> Any:
-            return make_train_step(
-                experiment.method,
-                experiment.optimizer,
-                experiment.schedules,
-                experiment.prepare,
-                seed=seed,  # type: ignore[arg-type]  # a traced one will do
-            )(state, batch)
-
-        self._step = jax.jit(step, donate_argnums=0)
+        seeded = Seeded(experiment)
+        self.initial, self._step = seeded.initial, seeded.step
 
     def batches(self, source: TableSource, seed: int) -> Batches:
         """All batches of a training."""
