@@ -18,7 +18,15 @@ NEEDS = {"weights_to_pytorch": ("torch", "transformers")}
 """Packages that a notebook imports, beyond the extra `notebooks`."""
 
 SHORTER = {
-    "what_encoders_see": {'"epochs": 6.0': '"epochs": 2.5', '"epochs": 8.0': '"epochs": 2.5'}
+    "bring_your_own_images": {
+        '"epochs": 6.0': '"epochs": 1.0',
+        '"epochs": 15.0': '"epochs": 3.0',
+        '"epochs": 10.0': '"epochs": 2.0',
+    },
+    "quick_start": {'"epochs": 6.0': '"epochs": 1.0'},
+    "reconstruction_gallery": {'"epochs": 5.0': '"epochs": 2.0'},  # with two sheets of pictures
+    "weights_to_pytorch": {'"epochs": 4.0': '"epochs": 1.0'},
+    "what_encoders_see": {'"epochs": 6.0': '"epochs": 2.5', '"epochs": 8.0': '"epochs": 2.5'},
 }
 """Code of a notebook that the test replaces, since whole trainings would take it minutes."""
 
