@@ -4,7 +4,6 @@ Each verb is a thin call into a library function that a notebook can call as wel
 """
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -100,6 +99,13 @@ def _train(arguments: list[str]) -> int:
     )
     flags.DEFINE_integer("num_processes", None, "With --coordinator.", flag_values=values)
     flags.DEFINE_integer("process_id", None, "With --coordinator.", flag_values=values)
+    flags.DEFINE_integer(
+        "start_timeout",
+        300,
+        "Seconds to wait until all processes have come.",
+        lower_bound=1,
+        flag_values=values,
+    )
     flags.DEFINE_string(
         "data", None, "Data to train on: short for --config.data.source.", flag_values=values
     )
@@ -111,21 +117,34 @@ def _train(arguments: list[str]) -> int:
         config.data.source = values.data
     folder = Path(values.workdir or _default_workdir(values.config_name))
     _start_jax()
+    console = Console()
+    is_main = True
     if values.distributed or values.coordinator:
-        import jax
+        from mim_jax.training.processes import start_processes
 
-        jax.distributed.initialize(values.coordinator, values.num_processes, values.process_id)
-        # JAX would only take note of SIGTERM; until the loop listens, it shall end the process.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        started = start_processes(
+            values.coordinator,
+            values.num_processes,
+            values.process_id,
+            timeout=values.start_timeout,
+        )
+        is_main = started is not None
+        if started:
+            table, warnings = started
+            console.print(table)
+            for warning in warnings:
+                console.print(f"[yellow]warning: {warning}[/]", soft_wrap=True)
     from mim_jax.training.interruption import EXIT_INTERRUPTED, Interrupted
     from mim_jax.training.loop import train
 
-    console = Console()
     try:
         result = train(config, folder, console=console)
     except Interrupted as stop:
-        console.print(str(stop), soft_wrap=True)
+        if is_main:
+            console.print(str(stop), soft_wrap=True)
         return EXIT_INTERRUPTED
+    if not is_main:
+        return 0
     if result.evaluation:
         console.print(score_table(result.evaluation))
     if result.picture:
