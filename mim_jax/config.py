@@ -196,6 +196,10 @@ def defaults() -> ml_collections.ConfigDict:
                 # Metric of the evaluation whose best checkpoint is kept; "" keeps none.
                 best_metric="",
                 asynchronous=True,
+                # Write checksums of its files into each checkpoint, which reads them once more.
+                checksums=True,
+                # Stop after so many checkpoints in a row that could not be written.
+                max_failed=10,
             ),
             log=dict(
                 every_steps=50,

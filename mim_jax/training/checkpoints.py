@@ -2,25 +2,47 @@
 
 A checkpoint has three items: `variables` (parameters and mutable collections, all that evaluation
 needs), `progress` (step, optimizer state, counters) and `about` (config, method, versions). It can
-be restored onto any mesh.
+be restored onto any mesh. Once it is complete, a thread writes checksums of its files into it.
 """
 
 import json
+import logging
+import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
 import absl.logging
+import jax
 import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from mim_jax import config as configs
+from mim_jax.training import checksums
 from mim_jax.training.state import TrainState
 from mim_jax.training.tree import differences, flatten, unflatten
 from mim_jax.training.versions import versions
 
 FOLDER = "checkpoints"
+
+DAMAGED = "damaged_checkpoints"
+"""Where damaged checkpoints of a run are put."""
+
+SECONDS_BETWEEN_LOOKS = 0.2
+"""How often it is looked whether a checkpoint is complete."""
+
+
+LONGEST_REASON = 300
+"""Characters of an error of Orbax that are shown."""
+
+_log = logging.getLogger(__name__)
+
+
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written; those before it are as they were."""
 
 
 def _manager(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
@@ -71,6 +93,8 @@ class Checkpoints:
         settings = config.checkpoint
         self.folder = (run / FOLDER).absolute()
         self._config = config
+        self._seals: list[_Seal] = []
+        self._last_started: int | None = None
         options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
         if not read_only:
             options = ocp.CheckpointManagerOptions(
@@ -78,31 +102,102 @@ class Checkpoints:
                 enable_async_checkpointing=settings.asynchronous,
                 cleanup_tmp_directories=True,
             )
+        self._options = options
         self._manager = _manager(self.folder, options)
+
+    def drop_damaged(self) -> list[str]:
+        """Moves checkpoints whose files are not what was written out of the way, newest first.
+
+        To be called by all processes. It stops at the first one that is whole (or was not sealed
+        with checksums before its process ended).
+
+        Returns:
+            What was found, a text for each damaged checkpoint.
+
+        Raises:
+            ValueError: if there are checkpoints, but all of them are damaged.
+        """
+        notes = []
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            problems = self._damage(step)
+            if not problems:
+                break
+            where = self._set_aside(step)
+            more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+            notes.append(
+                f"the checkpoint of step {step} is damaged: {problems[0]}{more}. It was moved to "
+                f"{where}, and the one before it is used"
+            )
+        else:
+            if steps:
+                raise ValueError(
+                    f"all checkpoints of {self.folder.parent} are damaged, steps {steps}; they "
+                    f"were moved to {self.folder.parent / DAMAGED}. Bring back a copy of one, or "
+                    "start anew in another --workdir."
+                )
+        return notes
+
+    def _damage(self, step: int) -> list[str]:
+        """What is wrong with the files of a step, as all processes see it together."""
+        found = checksums.damage(self.folder / str(step), jax.process_index(), jax.process_count())
+        if jax.process_count() == 1:
+            return found
+        anywhere = multihost_utils.process_allgather(np.array(len(found)))
+        return found or ["another process found it so"] * int(np.any(anywhere))
+
+    def _set_aside(self, step: int) -> Path:
+        target = self.folder.parent / DAMAGED / str(step)
+        if jax.process_index() == 0:
+            target.parent.mkdir(exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.move(self.folder / str(step), target)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"set aside {step}")
+        self._manager.reload()
+        return target
 
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
     def save(self, state: TrainState, step: int, metrics: dict[str, float] | None = None) -> None:
-        """Starts to write a checkpoint; returns before it is on disk if asynchronous."""
+        """Starts to write a checkpoint; returns before it is on disk if asynchronous.
+
+        Raises:
+            SaveFailed: if this one, or the one that was started before, could not be written; in
+                the second case this one was started all the same.
+        """
         if step in self._manager.all_steps():
             return
+        failure = None
+        try:
+            self.wait()
+        except SaveFailed as error:
+            failure = error
         about = {
             "method": self._config.method,
             "config": json.loads(configs.to_json(self._config)),
             "versions": versions(),
         }
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                variables=ocp.args.StandardSave(_variables(state)),
-                progress=ocp.args.StandardSave(_progress(state)),
-                about=ocp.args.JsonSave(about),
-            ),
-            metrics=metrics,
-            force=True,
-        )
+        self._last_started = step
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    variables=ocp.args.StandardSave(_variables(state)),
+                    progress=ocp.args.StandardSave(_progress(state)),
+                    about=ocp.args.JsonSave(about),
+                ),
+                metrics=metrics,
+                force=True,
+            )
+        except (OSError, ValueError) as error:
+            raise self._failed(error) from error
+        if self._config.checkpoint.checksums:
+            self._seals.append(_Seal(self.folder / str(step)))
+        if failure is not None:
+            raise failure
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
         """The state of a step (the newest by default), laid out like `like`.
@@ -149,12 +244,71 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Blocks until everything that was saved is on disk."""
-        self._manager.wait_until_finished()
+        """Blocks until everything that was saved is on disk.
+
+        Raises:
+            SaveFailed: if the last checkpoint could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise self._failed(error) from error
+        self._end_seals()
+
+    def _failed(self, error: Exception) -> SaveFailed:
+        """Clears away what a failed save left, and says what happened."""
+        step, before = self._last_started, self.latest_step()
+        self._end_seals(failed=True)
+        if jax.process_count() == 1:
+            self._manager = _manager(self.folder, self._options)  # removes leftovers
+        free = shutil.disk_usage(self.folder).free
+        kept = "none is saved yet" if before is None else f"the last one saved is step {before}"
+        return SaveFailed(
+            f"the checkpoint of step {step} could not be written to {self.folder} "
+            f"({free / 2**20:,.0f} MiB free); {kept}. {_first_line(error)}"
+        )
+
+    def _end_seals(self, *, failed: bool = False) -> None:
+        for pending in self._seals:
+            pending.end(failed)
+        self._seals = []
 
     def close(self) -> None:
         """Waits for pending writes and releases the folder."""
         self._manager.close()
+        self._end_seals(failed=True)  # that is, if the last one did not become complete
+
+
+class _Seal(threading.Thread):
+    """Waits until a checkpoint is complete, then writes its checksums."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(name=f"checksums of {folder}", daemon=True)
+        self._folder = folder
+        self._failed = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        """See the class."""
+        while not self._folder.is_dir():
+            if self._failed.wait(SECONDS_BETWEEN_LOOKS):
+                return
+        try:
+            checksums.seal(self._folder, jax.process_index(), jax.process_count())
+        except OSError as error:  # the disk is full, or the checkpoint was one too many
+            _log.warning("no checksums in %s: %s", self._folder, error)
+
+    def end(self, failed: bool) -> None:
+        """Waits for the checksums of a checkpoint that is complete."""
+        if failed:
+            self._failed.set()
+        self.join()
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, without the tail of one that goes on for pages."""
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return text if len(text) < LONGEST_REASON else f"{text[:LONGEST_REASON]}..."
 
 
 def _preserved(settings: ml_collections.ConfigDict) -> list[policies.PreservationPolicy]:
@@ -195,6 +349,12 @@ def read_variables(run: Path, step: int | None = None) -> tuple[dict[str, Any], 
         wanted = "complete checkpoint" if step is None else f"checkpoint of step {step}"
         raise FileNotFoundError(f"{run} holds no {wanted}; it has steps {steps}.")
     step = steps[-1] if step is None else step
+    if problems := checksums.damage(folder / str(step)):
+        others = [other for other in steps if other != step]
+        raise ValueError(
+            f"the checkpoint of step {step} in {run} is damaged: {problems[0]}. Others are of "
+            f"steps {others}."
+        )
     with _manager(
         folder, ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
     ) as manager:

@@ -28,7 +28,7 @@ from mim_jax.evaluation.protocols import (
     evaluate,
 )
 from mim_jax.training.bottleneck import DataDoctor
-from mim_jax.training.checkpoints import Checkpoints, read_variables
+from mim_jax.training.checkpoints import Checkpoints, SaveFailed, read_variables
 from mim_jax.training.derived import as_text, derive
 from mim_jax.training.experiment import (
     Experiment,
@@ -116,6 +116,7 @@ def train(
         interruption = stack.enter_context(Interruption(experiment.mesh))
         checkpoints = Checkpoints(folder, config)
         stack.callback(checkpoints.close)
+        damaged = checkpoints.drop_damaged()
         first_step = checkpoints.latest_step() or 0
         log = stack.enter_context(
             RunLog(
@@ -129,6 +130,8 @@ def train(
                 console=console,
             )
         )
+        for text in damaged:
+            log.warn(text)
         if settings:
             log.note(f"derived settings, each of which may be set:\n{as_text(settings)}")
         _write_about(folder, config, log)
@@ -164,6 +167,7 @@ class _Run:
         self.meter: _Meter  # made before the first step
         self.doctor = DataDoctor(self.config)
         self.picture_path: Path | None = None
+        self.failed_saves = 0
         self.rows_read = 0
         self.rows_unreadable = 0
 
@@ -323,7 +327,19 @@ class _Run:
             raise ValueError(
                 f"checkpoint.best_metric is {best!r}, but the evaluation gives {sorted(scores)}."
             )
-        self.checkpoints.save(state, step, scores)
+        try:
+            self.checkpoints.save(state, step, scores)
+        except SaveFailed as error:
+            self.failed_saves += 1
+            limit = self.config.checkpoint.max_failed
+            if jax.process_count() > 1 or self.failed_saves >= limit:
+                raise
+            self.log.warn(
+                f"{error} Training goes on, and tries again at the next checkpoint; it stops after "
+                f"{limit} failures in a row (checkpoint.max_failed)."
+            )
+        else:
+            self.failed_saves = 0
 
     def _pictures(self, state: TrainState, step: int) -> None:
         if not self.config.log.pictures_every_steps:
