@@ -119,6 +119,6 @@ def test_a_full_disk_at_the_end_is_an_error_that_names_the_last_checkpoint(small
         if step == 5:
             (small_disk / "ballast").write_bytes(bytes(space - 600 * 2**10))
 
-    with pytest.raises(SaveFailed, match="step 6 could not be written.*last one saved is step 3"):
+    with pytest.raises(SaveFailed, match=r"step 6 could not be written.*last one saved is step 3"):
         run(small_disk / "run", on_step=on_step)
     read_variables(small_disk / "run", 3)
