@@ -134,7 +134,7 @@ def start_processes(
             place.process,
             local_device_ids=place.local_devices,
             cluster_detection_method="deactivate",  # all is known; half-set variables mislead it
-            initialization_timeout=int(left) + SECONDS_FOR_JAX,  # ours comes first
+            initialization_timeout=int(left + SECONDS_FOR_JAX),  # ours comes first
         )
         # JAX would only take note of SIGTERM; until the loop listens, it shall end the process.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -153,7 +153,6 @@ def locate(
     process: int | None,
     *,
     timeout: float = DEFAULT_TIMEOUT,
-    environment: Mapping[str, str] = os.environ,
 ) -> Place:
     """This process's place, by what is given and what JAX finds.
 
@@ -161,6 +160,7 @@ def locate(
         NotStarted: if something is neither given nor found.
         ValueError: for a place that cannot be.
     """
+    environment = os.environ  # which JAX reads as well
     coordinator = coordinator or environment.get("JAX_COORDINATOR_ADDRESS")
     local_devices: Sequence[int] | None = None
     if coordinator is None or processes is None or process is None:
