@@ -207,6 +207,12 @@ def defaults() -> ml_collections.ConfigDict:
                 pictures_every_steps=0,
                 tensorboard=True,
                 wandb=False,
+                # Without a sign of life for so long, the run prints what all its threads are at,
+                # again and again, and goes on; 0 turns it off.
+                watchdog_seconds=1800.0,
+                # Then ends itself with exit code 70, for a scheduler that starts it again; 0 never
+                # does. Should be well above the time of a step, a save and a compilation.
+                watchdog_exit_seconds=0.0,
             ),
             evaluate=dict(
                 # Evaluate at this interval; 0 evaluates at the end only.

@@ -50,6 +50,7 @@ from mim_jax.training.sharding import batch_sharding
 from mim_jax.training.state import TrainState
 from mim_jax.training.stretch import first_state
 from mim_jax.training.versions import versions
+from mim_jax.training.watchdog import Watchdog
 
 STEPS_LATE = 2
 """How many steps later metrics are fetched, so that the host never waits for the newest step."""
@@ -106,13 +107,22 @@ def train(
     """
     folder = Path(folder)
     config, settings = derive(config, folder, devices)
-    source = training_source(config)
-    experiment = Experiment.build(config, training_rows(config, source), devices)
-    check_protocols(config.evaluate.protocols, experiment.method)
-    check_labels(config)
-    check_formats(config.export.formats, experiment.method, config)
-    config = experiment.config
     with contextlib.ExitStack() as stack:
+        watchdog = stack.enter_context(
+            Watchdog(
+                config.log.watchdog_seconds,
+                config.log.watchdog_exit_seconds,
+                process=jax.process_index(),
+                processes=jax.process_count(),
+            )
+        )
+        watchdog.at(f"opening {config.data.source}")
+        source = training_source(config)
+        experiment = Experiment.build(config, training_rows(config, source), devices)
+        check_protocols(config.evaluate.protocols, experiment.method)
+        check_labels(config)
+        check_formats(config.export.formats, experiment.method, config)
+        config = experiment.config
         interruption = stack.enter_context(Interruption(experiment.mesh))
         checkpoints = Checkpoints(folder, config)
         stack.callback(checkpoints.close)
@@ -135,7 +145,7 @@ def train(
         if settings:
             log.note(f"derived settings, each of which may be set:\n{as_text(settings)}")
         _write_about(folder, config, log)
-        run = _Run(experiment, source, folder, log, checkpoints, interruption, on_step)
+        run = _Run(experiment, source, folder, log, checkpoints, interruption, watchdog, on_step)
         try:
             return run.train(first_step)
         except jax.errors.JaxRuntimeError as error:
@@ -153,6 +163,7 @@ class _Run:
         log: RunLog,
         checkpoints: Checkpoints,
         interruption: Interruption,
+        watchdog: Watchdog,
         on_step: Callable[[int], None] | None,
     ) -> None:
         self.experiment = experiment
@@ -162,6 +173,7 @@ class _Run:
         self.log = log
         self.checkpoints = checkpoints
         self.interruption = interruption
+        self.watchdog = watchdog
         self.on_step = on_step or (lambda step: None)
         self.pending: collections.deque[tuple[int, DeviceBatch, Metrics]] = collections.deque()
         self.meter: _Meter  # made before the first step
@@ -175,17 +187,20 @@ class _Run:
         """Runs all remaining steps, then evaluates."""
         total = self.experiment.total_steps
         with contextlib.closing(self._host_batches(first_step)) as host_batches:
+            self.watchdog.at(f"waiting for the batch of step {first_step + 1}")
             first_batch = next(host_batches)
             self.experiment.method.check(first_batch)
             state = self._state(first_step, first_batch)
             if first_step < total:
                 state = self._steps(state, first_step, first_batch, host_batches)
                 self.save(state, total)
+        self.watchdog.at("writing the last checkpoint")
         self.checkpoints.wait()
         self.interruption.release()  # all is saved: from here on a signal may simply end the run
-        self._pictures(state, total)
-        evaluation = self._final_evaluation(state, first_batch)
-        self._export(total)
+        with self.watchdog.patient("evaluating"):
+            self._pictures(state, total)
+            evaluation = self._final_evaluation(state, first_batch)
+            self._export(total)
         return Result(state, evaluation, self.picture_path, self.folder)
 
     def _host_batches(self, first_step: int) -> Generator[HostBatch, None, None]:
@@ -213,9 +228,11 @@ class _Run:
     def _state(self, first_step: int, batch: HostBatch) -> TrainState:
         """The state of the newest checkpoint, or a new one."""
         if self.checkpoints.latest_step() is not None:
+            self.watchdog.at(f"restoring the checkpoint of step {first_step}")
             state = self.checkpoints.restore(self.experiment.abstract_state(batch))
             self.log.note(f"resumed from step {first_step} of {self.experiment.total_steps}")
             return state
+        self.watchdog.at("making the first state")
         state, notes = first_state(self.experiment, self.source, batch)
         for note in notes:
             self.log.note(note)
@@ -230,6 +247,7 @@ class _Run:
     ) -> TrainState:
         experiment, config, total = self.experiment, self.config, self.experiment.total_steps
         self._announce(state, first_batch)
+        self.watchdog.at("compiling the train step")
         started = time.perf_counter()
         step_function = experiment.compiled_step(first_batch)
         self.log.note(f"compiled the train step in {time.perf_counter() - started:.1f} s")
@@ -238,7 +256,9 @@ class _Run:
         self.meter = _Meter(config, experiment.flops_per_step(first_batch), experiment.mesh.size)
         metrics: dict[str, jax.Array] = {}
         for step in range(first_step + 1, total + 1):
+            self.watchdog.at(f"waiting for the batch of step {step}")
             batch = next(feed)
+            self.watchdog.at(f"computing step {step}")
             # Waiting counts only if the devices had nothing left to do by the time data came.
             idle = not metrics or metrics["loss"].is_ready()  # type: ignore[attr-defined]
             self.meter.waited(feed, idle)
@@ -249,7 +269,7 @@ class _Run:
             self.on_step(step)
             if self.interruption.reached():
                 self._leave(state, step)
-            with self.meter.paused():
+            with self.meter.paused(), self.watchdog.patient("drawing or evaluating"):
                 if self._due(step, config.log.pictures_every_steps) and step < total:
                     self._pictures(state, step)
                 scores = self._scores(state, step) if step < total else None
@@ -276,6 +296,7 @@ class _Run:
         """Fetches the metrics of a step that is done by now, shows and logs them."""
         self.meter.wait_for(batch)
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.watchdog.finished(step)
         meter = self.meter
         meter.steps += 1
         if values["skipped_in_row"]:
@@ -327,6 +348,7 @@ class _Run:
             raise ValueError(
                 f"checkpoint.best_metric is {best!r}, but the evaluation gives {sorted(scores)}."
             )
+        self.watchdog.at(f"saving the checkpoint of step {step}")
         try:
             self.checkpoints.save(state, step, scores)
         except SaveFailed as error:
