@@ -115,8 +115,8 @@ def test_slurm_job_that_saved_queues_again_unless_it_was_cancelled(cluster, numb
     assert calls(cluster)[1:] == ["TERM", *["scontrol requeue 7"] * again]
 
 
-@pytest.mark.parametrize("code, again", [(75, True), (143, True), (1, False), (137, False)])
-def test_slurm_job_that_was_preempted_queues_again_and_one_that_failed_does_not(
+@pytest.mark.parametrize("code, again", [(75, True), (143, True), (70, True), (1, False), (137, False)])
+def test_slurm_job_that_was_preempted_or_stuck_queues_again_and_one_that_failed_does_not(
     cluster, code, again
 ):
     (cluster / "code").write_text(str(code))
