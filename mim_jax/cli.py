@@ -12,7 +12,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from mim_jax import __version__, cli_generate
+from mim_jax import __version__, cli_generate, cli_plan
 from mim_jax import config as configs
 from mim_jax.cli_data import data_verb
 from mim_jax.cli_flags import (
@@ -35,6 +35,7 @@ mim-jax: masked image modelling in JAX and Flax
   mim-jax replay   --run DIR --step 1200               what happened in one step of a run
   mim-jax verify   --config mae:tiny                   does it train here as it should?
   mim-jax inspect  --config mae:vit_l16                parameters, sharding, bytes, FLOPs
+  mim-jax plan     --config mae:vit_l16 --chip v5p --mesh data=64,fsdp=8   does it fit, how fast?
   mim-jax convert  --run DIR --output mae.pth          official checkpoint from a run
   mim-jax convert  --run DIR --output DIR2 --format hf-mae   for transformers; timm, hf-vit, ...
   mim-jax convert  --config mae:vit_b16 --input mae.pth --output DIR   and back, from any of them
@@ -212,6 +213,19 @@ def _inspect(arguments: list[str]) -> int:
     return 0
 
 
+def _plan(arguments: list[str]) -> int:
+    values = flags.FlagValues()
+    define_config(values, arguments)
+    cli_plan.define_flags(values)
+    config = parse(values, "plan", arguments)
+    assert config is not None
+    require(values, "plan", "chip")
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    _start_jax()
+    cli_plan.plan(values, config)
+    return 0
+
+
 def _visualize(arguments: list[str]) -> int:
     values = flags.FlagValues()
     flags.DEFINE_string("run", None, "Folder of a run.", flag_values=values)
@@ -350,6 +364,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "evaluate": _evaluate,
     "inspect": _inspect,
+    "plan": _plan,
     "generate": _generate,
     "convert": _convert,
     "visualize": _visualize,

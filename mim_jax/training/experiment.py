@@ -224,6 +224,10 @@ class Experiment:
         Args:
             shapes: arrays (or shapes) of one host batch; its rows are those of this process.
         """
+        return self.lowered_step(shapes).compile()
+
+    def lowered_step(self, shapes: HostShapes) -> jax.stages.Lowered:
+        """`compiled_step` before the compiler: the same program for any kind of device."""
         state = self.abstract_state(shapes)
         where = jax.tree.map(lambda leaf: leaf.sharding, state)
         rows = sharding.batch_sharding(self.mesh)
@@ -233,7 +237,7 @@ class Experiment:
             out_shardings=(where, None),
             donate_argnums=0,
         )
-        return step_function.lower(state, self.global_batch(shapes)).compile()
+        return step_function.lower(state, self.global_batch(shapes))
 
     def global_batch(self, shapes: HostShapes) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the batch over all processes."""
