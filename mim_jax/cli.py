@@ -137,9 +137,11 @@ def _train(arguments: list[str]) -> int:
                 console.print(f"[yellow]warning: {warning}[/]", soft_wrap=True)
     from mim_jax.training.interruption import EXIT_INTERRUPTED, Interrupted
     from mim_jax.training.loop import train
+    from mim_jax.training.processes import leaving_at_once
 
     try:
-        result = train(config, folder, console=console)
+        with leaving_at_once():
+            result = train(config, folder, console=console)
     except Interrupted as stop:
         if is_main:
             console.print(str(stop), soft_wrap=True)

@@ -15,11 +15,14 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 from rich.table import Table
+
+from mim_jax.training.interruption import Interrupted
 
 DEFAULT_TIMEOUT = 300
 """Seconds that a process waits for all others."""
@@ -32,8 +35,8 @@ SECONDS_FOR_PORT = 30
 
 SECONDS_BETWEEN_TRIES = 0.5
 
-EXIT_NOT_STARTED = 1
-"""Exit code when JAX itself does not start in time: that of every error."""
+EXIT_FAILED = 1
+"""Exit code of every error."""
 
 SLURM_VARIABLES = (
     "SLURM_JOB_ID",
@@ -147,6 +150,27 @@ def start_processes(
     return process_table(members, owned, kind), mismatches(members, owned, platform)
 
 
+@contextlib.contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Ends this process with its error's message as soon as its body fails, if it is one of many.
+
+    At its end JAX would wait up to five minutes for the others, who wait for this process to take
+    part in their next step; and its launcher would not know that one has failed.
+    """
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() == 1 or isinstance(error, Interrupted):
+            raise
+        if os.environ.get("MIM_JAX_TRACEBACK"):
+            traceback.print_exc()
+        text = str(error) or type(error).__name__
+        print(f"error: process {jax.process_index()}: {text}", file=sys.stderr)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(EXIT_FAILED)
+
+
 def locate(
     coordinator: str | None,
     processes: int | None,
@@ -172,6 +196,9 @@ def locate(
                 coordinator, processes, process, None, None, int(timeout)
             )
         )
+        if coordinator and environment.get("JAX_COORDINATOR_PORT"):  # older JAX ignores it
+            host = coordinator.rpartition(":")[0]
+            coordinator = f"{host}:{environment['JAX_COORDINATOR_PORT']}"
         if local_devices and _sees_only_its_own_gpus(environment):
             local_devices = None
     if "JAX_LOCAL_DEVICE_IDS" in environment:
@@ -433,7 +460,7 @@ def _deadline(seconds: float, what: str) -> Iterator[None]:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(EXIT_NOT_STARTED)
+        os._exit(EXIT_FAILED)
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True

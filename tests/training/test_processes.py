@@ -231,6 +231,39 @@ def test_two_tasks_of_slurm_start_and_process_0_shows_the_table_and_what_does_no
     assert "Traceback" not in first + second and "devices" not in second
 
 
+def test_process_that_fails_leaves_at_once_though_the_others_go_on(port, tmp_path):
+    # A healthy process would wait for it: here it waits in its data, as others would in a step.
+    healthy = (
+        "import time\n"
+        "from mim_jax import cli\n"
+        "from mim_jax.training import loop\n"
+        "loop.training_source = lambda config: time.sleep(600)\n"
+        "cli.main({flags!r})\n"
+    )
+    flags = ["train", "--config=mae:tiny", f"--workdir={tmp_path}", "--num-processes=2"]
+    flags += [f"--coordinator=localhost:{port}"]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    first = subprocess.Popen(
+        [sys.executable, "-c", healthy.format(flags=[*flags, "--process-id=0"])],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        second = subprocess.run(
+            [sys.executable, "-m", "mim_jax", *flags, "--process-id=1", "--data=folder:/no/such"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert second.returncode == 1
+        assert second.stderr == "error: process 1: image folder '/no/such' does not exist\n"
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+
+
 def test_process_lost_between_meeting_and_start_gives_a_message_and_no_trace(port):
     async def come_and_go():
         for _ in range(100):
@@ -246,7 +279,7 @@ def test_process_lost_between_meeting_and_start_gives_a_message_and_no_trace(por
     process = start((f"localhost:{port}", 2, 0), timeout=3)
     asyncio.run(come_and_go())
     ((code, output),) = ends(process)
-    assert code == processes.EXIT_NOT_STARTED
+    assert code == processes.EXIT_FAILED
     assert "error: process 0 met the others, but JAX did not start within 3 s" in output
     assert "stack trace" not in output and "Traceback" not in output
 
