@@ -491,8 +491,8 @@ def process_table(members: Sequence[Member], devices: Mapping[int, int], kind: s
     """
     hosts = len({member.host for member in members})
     table = Table(
-        title=f"{len(members)} processes on {hosts} host{'s' * (hosts > 1)}, "
-        f"{sum(devices.values())} devices"
+        title=f"{_counted(len(members), 'process', 'es')} on {_counted(hosts, 'host')}, "
+        f"{_counted(sum(devices.values()), 'device')}"
     )
     table.add_column("process", justify="right")
     table.add_column("host")
@@ -505,6 +505,10 @@ def process_table(members: Sequence[Member], devices: Mapping[int, int], kind: s
         names = len({member.host for member in more})
         table.add_row(f"{more[0].process} to {more[-1].process}", f"{names} hosts", count)
     return table
+
+
+def _counted(number: int, name: str, plural: str = "s") -> str:
+    return f"{number} {name}{plural * (number != 1)}"
 
 
 def mismatches(members: Sequence[Member], devices: Mapping[int, int], platform: str) -> list[str]:
