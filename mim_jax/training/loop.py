@@ -55,6 +55,12 @@ from mim_jax.training.watchdog import Watchdog
 STEPS_LATE = 2
 """How many steps later metrics are fetched, so that the host never waits for the newest step."""
 
+DEAD_WORKER = "Worker process was terminated"
+"""What Grain says when a process that reads data ends by itself."""
+
+MOST_DEATHS = 3
+"""How often in a row, without a batch between, such processes are started again."""
+
 Metrics = dict[str, jax.Array]
 
 SUFFIX = ".safetensors"
@@ -204,13 +210,36 @@ class _Run:
         return Result(state, evaluation, self.picture_path, self.folder)
 
     def _host_batches(self, first_step: int) -> Generator[HostBatch, None, None]:
-        batches = training_batches(self.config, self.source, first_step, timed=True)
-        with contextlib.closing(batches):
-            for batch in batches:
-                self._count_unreadable(batch.pop("unreadable"))
-                self.doctor.made(batch.pop("seconds"))
-                del batch["index"]
-                yield batch
+        for batch in self._batches_despite_deaths(first_step):
+            self._count_unreadable(batch.pop("unreadable"))
+            self.doctor.made(batch.pop("seconds"))
+            del batch["index"]
+            yield batch
+
+    def _batches_despite_deaths(self, first_step: int) -> Generator[HostBatch, None, None]:
+        """The batches; when a worker dies, new workers go on with the batch that is missing."""
+        step, deaths = first_step, 0
+        while step < self.experiment.total_steps:
+            batches = training_batches(self.config, self.source, step, timed=True)
+            try:
+                with contextlib.closing(batches):
+                    for batch in batches:
+                        yield batch
+                        step, deaths = step + 1, 0
+            except RuntimeError as error:
+                if DEAD_WORKER not in str(error):
+                    raise
+                deaths += 1
+                told = (
+                    f"a process that reads data died ({error}). The system may have ended it for "
+                    "lack of memory, or a library crashed on a file"
+                )
+                if deaths > MOST_DEATHS:
+                    raise TrainingStopped(
+                        f"{told}. It happened {deaths} times in a row at the batch of step "
+                        f"{step + 1}. Set fewer data.workers, or 0 to see the error of a library."
+                    ) from error
+                self.log.warn(f"{told}; new ones go on with the batch of step {step + 1}.")
 
     def _count_unreadable(self, unreadable: np.ndarray) -> None:
         self.rows_read += len(unreadable)
