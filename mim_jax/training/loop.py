@@ -45,6 +45,7 @@ from mim_jax.training.gallery import (
     picture_source,
 )
 from mim_jax.training.interruption import Interrupted, Interruption
+from mim_jax.training.restore_progress import telling_progress
 from mim_jax.training.run_log import RunLog
 from mim_jax.training.sharding import batch_sharding
 from mim_jax.training.state import TrainState
@@ -258,7 +259,9 @@ class _Run:
         """The state of the newest checkpoint, or a new one."""
         if self.checkpoints.latest_step() is not None:
             self.watchdog.at(f"restoring the checkpoint of step {first_step}")
-            state = self.checkpoints.restore(self.experiment.abstract_state(batch))
+            folder = self.checkpoints.folder / str(first_step)
+            with telling_progress(self.log.note, first_step, folder):
+                state = self.checkpoints.restore(self.experiment.abstract_state(batch))
             self.log.note(f"resumed from step {first_step} of {self.experiment.total_steps}")
             return state
         self.watchdog.at("making the first state")
