@@ -217,7 +217,9 @@ class _Run:
             del batch["index"]
             yield batch
 
-    def _batches_despite_deaths(self, first_step: int) -> Generator[HostBatch, None, None]:
+    def _batches_despite_deaths(
+        self, first_step: int
+    ) -> Generator[dict[str, np.ndarray], None, None]:
         """The batches; when a worker dies, new workers go on with the batch that is missing."""
         step, deaths = first_step, 0
         while step < self.experiment.total_steps:
