@@ -223,6 +223,7 @@ def _plan(arguments: list[str]) -> int:
     assert config is not None
     require(values, "plan", "chip")
     os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the tables show what XLA would warn of
     _start_jax()
     cli_plan.plan(values, config)
     return 0

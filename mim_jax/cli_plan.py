@@ -64,7 +64,6 @@ def plan(values: flags.FlagValues, config: ml_collections.ConfigDict) -> None:
     # JAX is imported, but has not looked for devices yet.
     count = math.prod(simulated(mesh).values())
     flag = f"--xla_force_host_platform_device_count={count}"
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the tables show what XLA warns of
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
     program = compile_program(
         planned_config(config, mesh, scan=values.scan),

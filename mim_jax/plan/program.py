@@ -176,15 +176,13 @@ def compile_program(
             f"a plan for this mesh needs {count} simulated devices, but there are {len(devices)}; "
             f"set XLA_FLAGS=--xla_force_host_platform_device_count={count} before JAX starts."
         )
-    reduced = config.copy_and_resolve_references()
-    reduced.mesh.update(small)
-    reduced.batch_size = config.batch_size // mesh["data"] * small["data"]
+    reduced = _with_mesh(config, mesh, small)
     experiment = Experiment.without_data(reduced, devices[:count])
     shapes = experiment.batch_shapes()
     compiled, text = compile_with_text(experiment.lowered_step(shapes))
     temporaries, compiler = _temporaries(compiled), "CPU"
     if tpu is not None:
-        temporaries, compiler = _tpu_temporaries(reduced, tpu, count), f"TPU {tpu}"
+        temporaries, compiler = _tpu_temporaries(config, mesh, tpu), f"TPU {tpu}"
     flops = experiment.flops_per_step(shapes)
     state = experiment.abstract_state(shapes)
     executed = count_flops(experiment.train_step(), state, experiment.global_batch(shapes))
@@ -199,6 +197,16 @@ def compile_program(
         grown=grown,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
     )
+
+
+def _with_mesh(
+    config: ml_collections.ConfigDict, mesh: Mapping[str, int], small: Mapping[str, int]
+) -> ml_collections.ConfigDict:
+    """The config on a mesh with fewer devices along `data`, and the same rows on each."""
+    reduced = config.copy_and_resolve_references()
+    reduced.mesh.update(dict(small))
+    reduced.batch_size = config.batch_size // mesh["data"] * small["data"]
+    return reduced
 
 
 def _at_scale(work: Work, times: int) -> tuple[Work, int]:
@@ -296,7 +304,7 @@ def topology_of(tpu: str, count: int) -> str:
     return f"{tpu}:{'x'.join(map(str, sizes))}"
 
 
-def _tpu_temporaries(config: ml_collections.ConfigDict, tpu: str, count: int) -> int:
+def _tpu_temporaries(config: ml_collections.ConfigDict, mesh: Mapping[str, int], tpu: str) -> int:
     """Bytes of temporaries of a step that is compiled for TPUs, by libtpu on this machine.
 
     A step that does not fit cannot be compiled, but the compiler says what it needs.
@@ -304,14 +312,17 @@ def _tpu_temporaries(config: ml_collections.ConfigDict, tpu: str, count: int) ->
     from jax.experimental import topologies
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask
-    name = topology_of(tpu, count)
+    small = simulated(mesh)
+    while math.prod(small.values()) < 4 and mesh["data"] % (2 * small["data"]) == 0:
+        small["data"] *= 2
+    name = topology_of(tpu, math.prod(small.values()))
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise ImportError(
             f"cannot compile for {name}; it needs libtpu: pip install 'mim-jax[tpu]'. ({error})"
         ) from error
-    experiment = Experiment.without_data(config, devices)
+    experiment = Experiment.without_data(_with_mesh(config, mesh, small), devices)
     try:
         compiled = experiment.lowered_step(experiment.batch_shapes()).compile()
     except RuntimeError as error:
