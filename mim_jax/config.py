@@ -211,7 +211,8 @@ def defaults() -> ml_collections.ConfigDict:
                 # again and again, and goes on; 0 turns it off.
                 watchdog_seconds=1800.0,
                 # Then ends itself with exit code 70, for a scheduler that starts it again; 0 never
-                # does. Should be well above the time of a step, a save and a compilation.
+                # does. Should be well above the time of a step, a save and a restore; compilation
+                # and evaluation may take longer.
                 watchdog_exit_seconds=0.0,
             ),
             evaluate=dict(

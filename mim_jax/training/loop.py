@@ -281,9 +281,9 @@ class _Run:
     ) -> TrainState:
         experiment, config, total = self.experiment, self.config, self.experiment.total_steps
         self._announce(state, first_batch)
-        self.watchdog.at("compiling the train step")
         started = time.perf_counter()
-        step_function = experiment.compiled_step(first_batch)
+        with self.watchdog.patient("compiling the train step"):
+            step_function = experiment.compiled_step(first_batch)
         self.log.note(f"compiled the train step in {time.perf_counter() - started:.1f} s")
         batches = itertools.chain([first_batch], more_batches)
         feed = DeviceFeed(batches, batch_sharding(experiment.mesh))

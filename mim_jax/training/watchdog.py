@@ -88,7 +88,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def patient(self, doing: str) -> Iterator[None]:
-        """For what may take longer than any limit, such as evaluation: never ends the process."""
+        """For what may take any time, such as evaluation: the limit does not end the process."""
         self._may_leave = False
         self.at(doing)
         try:
