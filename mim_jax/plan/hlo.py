@@ -63,7 +63,7 @@ class Work:
     Attributes:
         products: matrix products.
         collectives: communication.
-        unknown_loops: loops of unknown length, which count once.
+        unknown_loops: loops of unknown length with any of these, which count once.
     """
 
     products: tuple[Product, ...] = ()
@@ -147,7 +147,8 @@ class _Reader:
         if opcode == "while":
             trips = self.trips(instruction)
             body = self.work(_called(rest, "body")[0]).times(trips or 1)
-            return body if trips else dataclasses.replace(body, unknown_loops=1)
+            counts = trips or not (body.products or body.collectives)
+            return body if counts else dataclasses.replace(body, unknown_loops=1)
         if opcode == "conditional":
             branches = _called(rest, "branch_computations", "true_computation", "false_computation")
             return max(map(self.work, branches), key=lambda work: work.flops)

@@ -20,7 +20,7 @@ import ml_collections
 
 from mim_jax.plan.hlo import Work, read_work
 from mim_jax.training import sharding
-from mim_jax.training.derived import complete_towers, open_fields
+from mim_jax.training.derived import OPEN, SIZE_FIELDS, complete_towers, open_fields
 from mim_jax.training.experiment import Experiment
 from mim_jax.training.flops import count_flops
 from mim_jax.training.inspection import parameter_kinds
@@ -30,6 +30,13 @@ from mim_jax.training.tree import flatten
 
 TPU_TOPOLOGIES = {"v5e": 2, "v5p": 3, "v6e": 2}
 """Axes of the torus of TPUs that libtpu compiles for. It sees two devices in a chip of v4."""
+
+_NEEDED = {
+    *(field for field in OPEN if not field.startswith(("model.", "evaluate.", "data.split"))),
+    *SIZE_FIELDS,
+    "model.patch_size",
+}
+"""Open fields without which there is no step; of others methods themselves say so."""
 
 _TEXT_AFTER = "spmd-partitioning"
 
@@ -133,7 +140,7 @@ def planned_config(
         ValueError: if it leaves fields open, or its batch does not fit the mesh.
     """
     config = complete_towers(config)
-    missing = [f for f in open_fields(config) if not f.startswith(("evaluate.", "data.split"))]
+    missing = [field for field in open_fields(config) if field in _NEEDED]
     if missing:
         raise ValueError(
             f"the config leaves open what only the data or devices tell: set {', '.join(missing)}."
