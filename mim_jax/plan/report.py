@@ -240,6 +240,8 @@ def notes(plan: Plan) -> Iterator[str]:
         "reads JPEG files of 375 x 500 pixels (benchmarks/data_loading.py); pictures of a camera "
         "take 13 times as long, augmentation comes on top: --images_per_core"
     )
+    if len(config.data.image_size) != 2:
+        yield "volumes take a core far longer than pictures: give --images_per_core"
 
 
 def _size(size: float) -> str:

@@ -245,6 +245,13 @@ def test_too_few_cores_for_the_images_limit_a_job():
     assert planned(work=work).limit.startswith("input")
 
 
+def test_volumes_are_not_taken_for_pictures():
+    config = program_of("replicated").config.copy_and_resolve_references()
+    assert "volumes" not in as_text(planned(config=config))
+    config.data.image_size = (8, 8, 8)
+    assert "volumes take a core far longer" in as_text(planned(config=config))
+
+
 def test_images_per_core_are_those_measured():
     measured = json.loads((ROOT / "benchmarks/results/data_loading.json").read_text())
     assert measured["machine"]["cores"] == 1
