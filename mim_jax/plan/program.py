@@ -31,8 +31,9 @@ from mim_jax.training.tree import flatten
 TPU_TOPOLOGIES = {"v5e": 2, "v5p": 3, "v6e": 2}
 """Axes of the torus of TPUs that libtpu compiles for. It sees two devices in a chip of v4."""
 
+_TOLD_OTHERWISE = ("model.", "optimizer.", "evaluate.", "data.split")
 _NEEDED = {
-    *(field for field in OPEN if not field.startswith(("model.", "evaluate.", "data.split"))),
+    *(field for field in OPEN if not field.startswith(_TOLD_OTHERWISE)),
     *SIZE_FIELDS,
     "model.patch_size",
 }
