@@ -222,13 +222,14 @@ class _Run:
     ) -> Generator[dict[str, np.ndarray], None, None]:
         """The batches; when a worker dies, new workers go on with the batch that is missing."""
         step, deaths = first_step, 0
-        while step < self.experiment.total_steps:
+        while True:  # a run that is finished asks for one more, to make its state by
             batches = training_batches(self.config, self.source, step, timed=True)
             try:
                 with contextlib.closing(batches):
                     for batch in batches:
                         yield batch
                         step, deaths = step + 1, 0
+                return
             except RuntimeError as error:
                 if DEAD_WORKER not in str(error):
                     raise
