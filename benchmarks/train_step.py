@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks import measure
 from mim_jax.training import sharding
-from mim_jax.training.derived import complete_towers
+from mim_jax.training.derived import complete_without_data
 from mim_jax.training.experiment import Experiment
 from mim_jax.training.flops import peak_flops_of
 from mim_jax.training.state import TrainState
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options, overrides = parser.parse_known_args(arguments)
     if options.steps < 1:
         parser.error(f"--steps is {options.steps}; it must be at least 1")
-    config = complete_towers(measure.config_with(options.config, overrides))
+    config = complete_without_data(measure.config_with(options.config, overrides))
     report = measure.Report("train_step", arguments)
     figures = measure_step(Experiment.without_data(config), options.steps)
     name = Path(options.config).name.replace(".py", "").replace(":", "_")

@@ -151,5 +151,6 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
         config.schedule.warmup_epochs = 0.5
         config.log = dict(every_steps=50, pictures_every_steps=200)
         config.checkpoint = dict(every_steps=200)
-        config.evaluate = dict(protocols=("knn",), crop_ratio=1.0)
+        # Nobody is in both splits, so that no classifier could name the people of the other.
+        config.evaluate = dict(protocols=("verification",), crop_ratio=1.0)
     return config

@@ -363,6 +363,9 @@ def _verify(arguments: list[str]) -> int:
     return 0 if all(point.agrees for point in points) else 1
 
 
+MOST_COLUMNS = 8
+"""Of scores in a table."""
+
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "evaluate": _evaluate,
@@ -380,20 +383,29 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
 def score_table(rows: dict[str, dict[str, float]]) -> Table:
     """Scores in per cent, a row for each encoder and a column for each score; losses as they are.
 
+    More than `MOST_COLUMNS` scores, which no terminal has room for side by side, are rows instead.
     The single score of a protocol is its top-1 accuracy. Of several, the protocol is named only
     where two have scores of the same name.
     """
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    table = Table(title="scores, %")
-    table.add_column("features")
     short = [name.rpartition("/")[2] for name in names]
-    for name, score in zip(names, short, strict=True):
-        table.add_column(score if short.count(score) == 1 else name, justify="right")
+    titles = [
+        score if short.count(score) == 1 else name for name, score in zip(names, short, strict=True)
+    ]
+    grid = [["features", *titles]]
     for title, row in rows.items():
         shown = {
             n: f"{x:.3f}" if n.endswith("entropy") else f"{100 * x:.1f}" for n, x in row.items()
         }
-        table.add_row(title, *(shown.get(name, "-") for name in names))
+        grid.append([title, *(shown.get(name, "-") for name in names)])
+    if len(names) > MOST_COLUMNS:
+        grid = [list(column) for column in zip(*grid, strict=True)]
+        grid[0][0] = "score"
+    table = Table(title="scores, %")
+    for number, title in enumerate(grid[0]):
+        table.add_column(title, justify="right" if number else "left")
+    for cells in grid[1:]:
+        table.add_row(*cells)
     return table
 
 

@@ -164,8 +164,10 @@ def defaults() -> ml_collections.ConfigDict:
                 # LARS only.
                 momentum=0.9,
                 trust_coefficient=1e-3,
-                # Largest gradient norm over all parameters of a group; 0 turns clipping off.
+                # Largest norm of the gradient; 0 turns clipping off. Groups that have the same are
+                # clipped together, one with clip_alone by itself.
                 clip_norm=0.0,
+                clip_alone=False,
                 # The same rate from the first step to the last.
                 constant_rate=False,
                 # Settings of this list for a group that the method declares, by its name.

@@ -1,4 +1,8 @@
-"""Eight simulated devices, exact matrix products and a shared compilation cache for all tests."""
+"""Eight simulated devices, exact matrix products and quick compilation for all tests.
+
+Models are so small here that compiling them takes longer than running them, so the compiler does
+not optimize, and programs are kept for other tests and other processes.
+"""
 
 import os
 from pathlib import Path
@@ -11,6 +15,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 
 jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_disable_most_optimizations", True)
 CACHE = Path(__file__).resolve().parents[1] / ".pytest_cache" / "xla"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

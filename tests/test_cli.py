@@ -434,3 +434,15 @@ def test_scores_of_the_same_name_are_told_apart_by_their_protocol() -> None:
     row = {"knn": 0.5, "classification/top1": 0.5, "patch_local/linear": 0.5, "linear": 0.5}
     headers = [column.header for column in cli.score_table({"trained": row}).columns]
     assert headers == ["features", "knn", "top1", "patch_local/linear", "linear"]
+
+
+def test_many_scores_are_rows_in_place_of_columns() -> None:
+    row = {f"detection/auc/{number}": number / 10 for number in range(9)}
+    table = cli.score_table({"trained": row, "untrained": {"detection/auc/0": 0.5}})
+    headers = [column.header for column in table.columns]
+    assert headers == ["score", "trained", "untrained"]
+    assert [list(column.cells)[:2] for column in table.columns] == [
+        ["0", "1"],
+        ["0.0", "10.0"],
+        ["50.0", "-"],
+    ]

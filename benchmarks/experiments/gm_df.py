@@ -210,7 +210,10 @@ def draw(path: Path, table: Mapping[str, Mapping[str, Sequence[float]]], caption
         return left + (right - left) * (area - low) / (1 - low)
 
     for area in np.arange(low, 1.01, 0.1):
-        pen.line([across(area), top - 8, across(area), foot], (0, 0, 0) if area == 0.5 else "#ddd")
+        pen.line(
+            [across(area), top - 8, across(area), foot],
+            "black" if np.isclose(area, 0.5) else "#ddd",
+        )
         pen.text((across(area), foot + 6), f"{area:.1f}", "black", small, anchor="ma")
     for index, (row, columns) in enumerate(table.items()):
         middle = top + step * index + step // 2
@@ -250,6 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
         return sum(a > b for a, b in zip(table[first][name], table[second][name], strict=True))
 
     joint, experts, full = LADDER
+    tower = configs.load("gm_df:tiny", SIZES).model.clip
     picture = options.output.with_suffix(".png")
     draw(picture, table, "Area under the ROC curve: a dot for each seed, and their mean.")
     report.write(
@@ -261,7 +265,8 @@ def main(arguments: list[str] | None = None) -> int:
             "steps": options.steps,
             "batch size": BATCH,
             "learning rate": LR,
-            "towers": "from scratch, width 64, depth 3, patches of 8 in images of 32 pixels",
+            "towers": f"from scratch, width {tower.width}, depth {tower.depth}, patches of "
+            f"{tower.patch_size[0]} in images of {tower.image_size[0]} pixels",
             "images": {
                 "training, of a collection": len(images(0, "train")),
                 "test, of a collection": len(images(0, "test")),

@@ -11,11 +11,12 @@ import numpy as np
 
 from mim_jax.conversion.dvae import dvae_layout, read_dvae
 from mim_jax.conversion.face_models import read_iresnet, read_lpips
-from mim_jax.conversion.towers import read_tower
+from mim_jax.conversion.towers import read_text_tower, read_tower
 from mim_jax.method import Method, Pretrained
 from mim_jax.models.dvae import DVAEEncoder
 from mim_jax.models.iresnet import IResNet
 from mim_jax.models.lpips import LPIPS
+from mim_jax.models.text import TextTower
 from mim_jax.models.tower import Tower
 from mim_jax.models.vit import ViT, adopted
 from mim_jax.training.state import TrainState
@@ -91,6 +92,8 @@ def _read(part: Pretrained, wanted: Mapping[str, Any]) -> dict[str, np.ndarray]:
             if value is not None:
                 found[name] = value
         return found
+    if isinstance(module, TextTower):
+        return read_text_tower(part.path)[1]
     if isinstance(module, (DVAEEncoder, IResNet, LPIPS)):
         try:
             if isinstance(module, IResNet):

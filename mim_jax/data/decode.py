@@ -64,7 +64,10 @@ def choose_backend(backend: str = "auto") -> str:
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"unknown image backend {backend!r}; use 'auto', 'opencv' or 'pillow'")
-    has_opencv = importlib.util.find_spec("cv2") is not None
+    try:
+        has_opencv = importlib.util.find_spec("cv2") is not None
+    except ValueError:  # it has no spec while another thread is importing it
+        has_opencv = True
     if backend == "auto":
         return "opencv" if has_opencv else "pillow"
     if backend == "opencv" and not has_opencv:

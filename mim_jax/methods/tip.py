@@ -245,6 +245,21 @@ class TIP(Method):
         )
 
     @property
+    def frozen(self) -> tuple[str, ...]:
+        """Parts that none of the objectives trains, so that weight decay leaves them alone too."""
+        trained_by = {
+            "(image|table)_projector": {"itc"},
+            "matching_head": {"itm"},
+            "predictor": {"mtr"},
+            "fusion": {"itm", "mtr"},
+        }
+        return tuple(
+            f"^{part}/"
+            for part, losses in trained_by.items()
+            if losses.isdisjoint(self.model.objectives)
+        )
+
+    @property
     def encoder(self) -> ViT | None:
         """The image encoder, if it is a ViT."""
         return self.model.encoder if isinstance(self.model.encoder, ViT) else None

@@ -245,7 +245,8 @@ class Vec2Face(Method):
         """The discriminator has an optimizer of its own, whose rate never changes (official)."""
         if self.discriminator is None:
             return ()
-        return (Group("discriminator", "^discriminator/", {"constant_rate": True}),)
+        own = {"constant_rate": True, "clip_alone": True}
+        return (Group("discriminator", "^discriminator/", own),)
 
     @property
     def frozen(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mim_jax.masking import gather_tokens
+from mim_jax.models.cross_attention import FusedCrossAttention
 from mim_jax.models.positions import resize_positions, sincos_positions
 from mim_jax.models.transformer import (
     REMAT_POLICIES,
@@ -17,60 +18,7 @@ from mim_jax.models.transformer import (
     Mlp,
     Transformer,
     layer_norm,
-    token_rows,
 )
-
-
-class LevelAttention(nn.Module):
-    """Multi-head attention from tokens to a level of the encoder, which gives keys and values.
-
-    The kernel of the projection of the level is `[width, 2, heads, head_width]`, keys first;
-    Xavier initialization sees it as the one matrix that it is in the official code.
-
-    Attributes:
-        heads: attention heads.
-        dtype: compute type of matrix products.
-        implementation: of `jax.nn.dot_product_attention`.
-    """
-
-    heads: int
-    dtype: Any = jnp.float32
-    implementation: Any = None
-
-    @nn.compact
-    def __call__(self, tokens: jax.Array, level: jax.Array) -> jax.Array:
-        """Maps tokens `[batch, tokens, width]` to the same shape.
-
-        Args:
-            tokens: normalized, the queries.
-            level: `[batch, visible, width]`, taken as it is.
-
-        Raises:
-            ValueError: if the heads do not divide the width.
-        """
-        shape, width = tokens.shape, tokens.shape[-1]
-        if width % self.heads:
-            raise ValueError(f"width {width} is not divisible by {self.heads} attention heads.")
-        heads = (self.heads, width // self.heads)
-
-        def project(name: str, x: jax.Array, outputs: tuple[int, ...]) -> jax.Array:
-            xavier = nn.initializers.xavier_uniform()
-            layer = nn.DenseGeneral(outputs, kernel_init=xavier, dtype=self.dtype, name=name)
-            return layer(token_rows(x)).reshape(*x.shape[:-1], *outputs)
-
-        query = project("query", tokens, heads)  # [B, T, H, D / H]
-        key_value = project("key_value", level, (2, *heads))  # [B, V, 2, H, D / H]
-        x = jax.nn.dot_product_attention(
-            query, key_value[:, :, 0], key_value[:, :, 1], implementation=self.implementation
-        )
-        out = nn.DenseGeneral(
-            width,
-            axis=(-2, -1),
-            kernel_init=nn.initializers.xavier_uniform(),
-            dtype=self.dtype,
-            name="out",
-        )
-        return out(x.reshape(-1, *heads)).reshape(shape)
 
 
 class CrossBlock(nn.Module):
@@ -97,7 +45,7 @@ class CrossBlock(nn.Module):
             return layer_norm(name, blocks.dtype, blocks.epsilon)(x)
 
         x = x + Attention(*shared, name="self_attention")(norm("norm0", x))
-        x = x + LevelAttention(*shared, name="cross_attention")(norm("norm1", x), level)
+        x = x + FusedCrossAttention(*shared, name="cross_attention")(norm("norm1", x), level)
         mlp = Mlp(blocks.mlp_ratio, blocks.dtype, blocks.activation, name="mlp")
         return x + mlp(norm("norm2", x))
 

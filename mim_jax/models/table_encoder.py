@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mim_jax.models.cross_attention import FusedCrossAttention
 from mim_jax.models.transformer import (
     REMAT_POLICIES,
     Attention,
@@ -127,47 +128,6 @@ class TableEncoder(nn.Module):
         return self.transformer(tokens, attention_bias=hidden_keys(hidden, dtype))[0]
 
 
-class ImageAttention(nn.Module):
-    """Multi-head attention from table tokens to image tokens; only the query has a bias.
-
-    Attributes:
-        heads: attention heads.
-        dtype: compute type of matrix products.
-        implementation: of `jax.nn.dot_product_attention`.
-    """
-
-    heads: int
-    dtype: Any = jnp.float32
-    implementation: Any = None
-
-    @nn.compact
-    def __call__(self, x: jax.Array, image: jax.Array) -> jax.Array:
-        """Maps table tokens `[batch, tokens, width]` to the same shape.
-
-        Args:
-            x: what attends.
-            image: `[batch, image tokens, width]`, what is attended to.
-        """
-        shape, width = x.shape, x.shape[-1]
-        heads = (self.heads, width // self.heads)
-
-        def project(name: str, outputs: tuple[int, ...], x: jax.Array, bias: bool) -> jax.Array:
-            dense = nn.DenseGeneral(
-                outputs, use_bias=bias, kernel_init=small_normal, dtype=self.dtype, name=name
-            )
-            return dense(token_rows(x)).reshape(*x.shape[:-1], *outputs)
-
-        query = project("query", heads, x, True)
-        key_value = project("key_value", (2, *heads), image, False)
-        x = jax.nn.dot_product_attention(
-            query, key_value[:, :, 0], key_value[:, :, 1], implementation=self.implementation
-        )
-        out = nn.DenseGeneral(
-            width, axis=(-2, -1), kernel_init=small_normal, dtype=self.dtype, name="out"
-        )
-        return out(x.reshape(-1, *heads)).reshape(shape)
-
-
 class FusionBlock(nn.Module):
     """Self-attention among table tokens, attention to the image, and an MLP, each on its norm.
 
@@ -194,8 +154,13 @@ class FusionBlock(nn.Module):
             blocks.heads, blocks.dtype, blocks.attention, blocks.qkv_bias, name="attention"
         )
         x = x + attention(norm("norm1")(x))
-        image_attention = ImageAttention(
-            blocks.heads, blocks.dtype, blocks.attention, name="image_attention"
+        image_attention = FusedCrossAttention(
+            blocks.heads,
+            blocks.dtype,
+            blocks.attention,
+            source_bias=False,
+            kernel_init=small_normal,
+            name="image_attention",
         )
         x = x + image_attention(norm("cross_norm")(x), image)
         mlp = Mlp(blocks.mlp_ratio, blocks.dtype, blocks.activation, name="mlp")

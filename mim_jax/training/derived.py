@@ -18,8 +18,8 @@ from mim_jax import config as configs
 from mim_jax.conversion.initial import read_donor
 from mim_jax.conversion.towers import TOLD, settings_of
 from mim_jax.data import Source, open_source
+from mim_jax.data.domains import DomainSource, domain_members
 from mim_jax.data.inspection import SourceFacts, inspect_source
-from mim_jax.data.mixture import MixtureSource
 from mim_jax.data.table import TableSource
 from mim_jax.method import Method, method_class
 from mim_jax.methods.mae import MAE
@@ -55,6 +55,9 @@ COLUMN_FIELDS = ("model.categories", "model.continuous")
 """What the schema of a table tells of its columns."""
 
 DOMAINS = "model.domains"
+
+MIXTURE = "mix:"
+"""What the name of a mixture begins with."""
 
 SIZE_FIELDS = ("model.width", "model.depth", "model.heads")
 """Open together, where `model.size` is empty and they are 0."""
@@ -136,16 +139,19 @@ def _towers(config: ml_collections.ConfigDict) -> list[str]:
     ]
 
 
-def complete_towers(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """A copy of a config in which towers have the sizes that their weights tell.
+def complete_without_data(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """A copy of a config in which stands what can be told without a look at the data.
 
-    For what looks at no data: the same model as `derive` gives, where nothing else is open.
+    Towers have the sizes that their weights tell, and there are as many domains as the mixture
+    names: the same model as `derive` gives, where nothing else is open.
 
     Raises:
-        FileNotFoundError: if there is nothing at the path of a tower.
-        ValueError: if the weights are of no known kind.
+        FileNotFoundError: if there is nothing at the path of a tower, or of the file of a mixture.
+        ValueError: if the weights are of no known kind, or the mixture is not understood.
     """
     config = config.copy_and_resolve_references()
+    if DOMAINS in open_fields(config) and config.data.source.startswith(MIXTURE):
+        config.model.domains = len(domain_members(config.data.source))
     return _filled(config, {told.field: told.value for told in _told_by_towers(config)})
 
 
@@ -176,7 +182,7 @@ def complete_from_weights(
             of a tower are of no known kind.
         FileNotFoundError: if there is nothing at a path.
     """
-    config = complete_towers(config)
+    config = complete_without_data(config)
     if "model.num_classes" not in open_fields(config):
         return config
     config.model.num_classes = 1
@@ -185,6 +191,21 @@ def complete_from_weights(
         raise ValueError(f"{path} has no classifier to tell model.num_classes: set it.")
     config.model.num_classes = len(donor.variables["params/head/bias"])
     return config
+
+
+def check_domains(config: ml_collections.ConfigDict, source: Source) -> None:
+    """Raises `ValueError` if a source has another number of domains than `model.domains` says.
+
+    Args:
+        config: with nothing open.
+        source: that it trains on.
+    """
+    domains = configs.leaves(config).get(DOMAINS)
+    if domains is not None and isinstance(source, DomainSource) and len(source.names) != domains:
+        raise ValueError(
+            f"{DOMAINS} is {domains}, but {source.name!r} has {len(source.names)} domains: "
+            f"{', '.join(source.names)}; set {DOMAINS} to 0, which takes their number."
+        )
 
 
 def _filled(
@@ -268,14 +289,14 @@ class _Derivation:
         self.set("model.continuous", continuous, "numerical columns of the table")
 
     def _domains(self) -> None:
-        source = self._source()
-        if not isinstance(source, MixtureSource):
+        name = self.config.data.source
+        if not name.startswith(MIXTURE):
             raise ValueError(
-                f"the data source {source.name!r} is no mixture, but this method trains on several "
+                f"the data source {name!r} is no mixture, but this method trains on several "
                 "domains: set data.source to mix:1*FIRST+1*SECOND, or model.domains to their "
                 "number."
             )
-        self.set(DOMAINS, len(source.shares), "sources of the mixture")
+        self.set(DOMAINS, len(domain_members(name)), "sources of the mixture")
 
     def _images(self, facts: SourceFacts) -> None:
         looked = f"{facts.sampled} images looked at"

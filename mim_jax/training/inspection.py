@@ -7,7 +7,7 @@ import jax
 import ml_collections
 from rich.table import Table
 
-from mim_jax.training.derived import complete_towers
+from mim_jax.training.derived import complete_without_data
 from mim_jax.training.experiment import Experiment
 from mim_jax.training.sharding import bytes_per_device
 from mim_jax.training.state import TrainState, split_trainable
@@ -24,7 +24,7 @@ def inspection(config: ml_collections.ConfigDict) -> tuple[Table, str]:
         FileNotFoundError: if there is nothing at the path of a tower.
         ValueError: for anything in the config that does not fit together.
     """
-    experiment = Experiment.without_data(complete_towers(config))
+    experiment = Experiment.without_data(complete_without_data(config))
     state = experiment.abstract_state(experiment.batch_shapes())
     table = Table(title=f"{config.method}: parameters")
     for column in ("path", "shape", "spec"):

@@ -29,7 +29,7 @@ from mim_jax.evaluation.protocols import (
 )
 from mim_jax.training.bottleneck import DataDoctor
 from mim_jax.training.checkpoints import Checkpoints, SaveFailed, read_variables
-from mim_jax.training.derived import as_text, derive
+from mim_jax.training.derived import as_text, check_domains, derive
 from mim_jax.training.experiment import (
     Experiment,
     training_batches,
@@ -125,6 +125,7 @@ def train(
         )
         watchdog.at(f"opening {config.data.source}")
         source = training_source(config)
+        check_domains(config, source)
         experiment = Experiment.build(config, training_rows(config, source), devices)
         check_protocols(config.evaluate.protocols, experiment.method)
         check_labels(config)

@@ -174,7 +174,10 @@ def build_optimizer(
     no_decay: Sequence[str] = (),
     rate_scale: RateScale | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Each group's own clipping and optimizer, then the scale of each parameter.
+    """Clipping, each group's own optimizer, then the scale of each parameter.
+
+    Groups of the same `clip_norm` are clipped by the norm of all of them together, as one network
+    would be; a group with `clip_alone` by its own.
 
     Args:
         config: `config.optimizer`.
@@ -192,7 +195,7 @@ def build_optimizer(
         raise ValueError(
             f"optimizer.groups sets {sorted(unknown)}, but the method's groups are {names}."
         )
-    transforms = {}
+    transforms, clips, clip_of = {}, {}, {}
     for name in names:
         settings = group_settings(config, groups, name)
         if settings.name not in OPTIMIZERS:
@@ -200,18 +203,24 @@ def build_optimizer(
                 f"optimizer.name is {settings.name!r}; known are {', '.join(OPTIMIZERS)}."
             )
         transforms[name] = OPTIMIZERS[settings.name](settings, schedules[name], no_decay)
-        if settings.clip_norm > 0:
-            clip = optax.clip_by_global_norm(settings.clip_norm)
-            transforms[name] = optax.chain(clip, transforms[name])
-    parts = []
+        clip_of[name] = name if settings.clip_alone else f"norm {settings.clip_norm}"
+        clips[clip_of[name]] = (
+            optax.clip_by_global_norm(settings.clip_norm)
+            if settings.clip_norm > 0
+            else optax.identity()
+        )
+
+    def labels(params: Any) -> Any:
+        return map_with_path(lambda path, _: group_of(path, groups), params)
+
+    def clip_labels(params: Any) -> Any:
+        return map_with_path(lambda path, _: clip_of[group_of(path, groups)], params)
+
+    parts: list[optax.GradientTransformation] = []
     if groups:
-
-        def labels(params: Any) -> Any:
-            return map_with_path(lambda path, _: group_of(path, groups), params)
-
-        parts.append(optax.partition(transforms, labels))
+        parts += [optax.partition(clips, clip_labels), optax.partition(transforms, labels)]
     else:
-        parts.append(transforms[DEFAULT_GROUP])
+        parts += [*clips.values(), transforms[DEFAULT_GROUP]]
     if rate_scale is not None:
         parts.append(scale_by_path(rate_scale))
     return optax.with_extra_args_support(optax.chain(*parts))

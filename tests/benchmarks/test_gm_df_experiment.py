@@ -1,7 +1,6 @@
 import functools
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -35,9 +34,6 @@ def small(monkeypatch):
     monkeypatch.setattr(gm_df, "SIZES", {**gm_df.SIZES, **SMALL})
     monkeypatch.setattr(gm_df, "BATCH", 8)
     monkeypatch.setattr(gm_df, "images", few_images)
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 class Told:

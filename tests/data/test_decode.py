@@ -1,5 +1,7 @@
 import importlib.util
 import io
+import sys
+import types
 
 import cv2
 import numpy as np
@@ -151,6 +153,13 @@ def test_auto_falls_back_to_pillow_without_opencv(monkeypatch: pytest.MonkeyPatc
     assert choose_backend("auto") == "pillow"
     with pytest.raises(ValueError, match="needs the package opencv-python-headless"):
         choose_backend("opencv")
+
+
+def test_opencv_counts_as_installed_while_another_thread_imports_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "cv2", types.ModuleType("cv2"))  # its __spec__ is None
+    assert choose_backend("auto") == "opencv"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

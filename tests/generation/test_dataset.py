@@ -169,7 +169,7 @@ def started(folder, kind):
 def test_kills_neither_double_nor_lose_an_image(tmp_path):
     generate(tmp_path / "whole", KILLED)
     killed = tmp_path / "killed"
-    for goal in (1, 150, 350):
+    for goal in (1, 300):
         process = started(killed, "folder")
         deadline = time.monotonic() + 120
         while process.poll() is None and len(list(killed.glob("0*"))) < goal:
@@ -183,3 +183,22 @@ def test_kills_neither_double_nor_lose_an_image(tmp_path):
     assert started(killed, "folder").wait() == 0
     assert files(killed) == files(tmp_path / "whole")
     assert not [p for p in killed.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("kind", ["folder", "array_record"])
+def test_what_was_stopped_by_an_error_goes_on_to_the_same_result(tmp_path, monkeypatch, kind):
+    plan = dataclasses.replace(PLAN, format=kind)
+    generate(tmp_path / "whole", plan)
+    images_of = dataset.GeneratedFaces.images_of
+
+    def stops(people, identity):
+        if identity == 4:
+            raise KeyboardInterrupt
+        return images_of(people, identity)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(dataset.GeneratedFaces, "images_of", stops)
+        generate(tmp_path / "stopped", plan)
+    assert not (tmp_path / "stopped" / dataset.CARD).exists()
+    generate(tmp_path / "stopped", plan)
+    assert files(tmp_path / "stopped") == files(tmp_path / "whole")

@@ -94,14 +94,6 @@ def trained(config: ml_collections.ConfigDict, folder: Path, on_step=None) -> Re
     return train(config, folder, devices=jax.devices()[:1], console=console, on_step=on_step)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Nothing here depends on how fast a program is."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @dataclasses.dataclass
 class Run:
     """A finished run of a method on one device."""

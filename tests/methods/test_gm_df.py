@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import json
 import re
 from typing import Any
 
@@ -9,11 +10,15 @@ import numpy as np
 import pytest
 
 from mim_jax import config as configs
+from mim_jax.conversion.files import write_state_dict
+from mim_jax.conversion.pretrained import load_pretrained
+from mim_jax.data.configured import training_source
 from mim_jax.masking import random_masking
 from mim_jax.methods.gm_df import GMDF, UNSEEN, Aligned
+from mim_jax.training.derived import check_domains, complete_without_data, derive
 from mim_jax.training.experiment import Experiment
 from mim_jax.training.optimizer import is_decayed
-from mim_jax.training.state import init_state, split_trainable
+from mim_jax.training.state import TrainState, init_state, split_trainable
 from mim_jax.training.tree import flatten, unflatten
 
 DOMAINS, EXPERTS = 3, 3
@@ -43,14 +48,6 @@ SIZES = {
 RNGS = {"mask": jax.random.key(3)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Nothing here depends on how fast a program is."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def config_of(**changes):
     return configs.load("gm_df:tiny", {**SIZES, **changes})
 
@@ -77,9 +74,14 @@ def batch_of(rows: int = 8, seed: int = 0) -> dict[str, jax.Array]:
     }
 
 
+@functools.cache
+def start_of(method: GMDF) -> dict[str, Any]:
+    return jax.jit(method.init)(jax.random.key(0), batch_of())["params"]
+
+
 def random_params(method: GMDF) -> dict[str, Any]:
     """Initial ones and noise, so that no mistake can hide behind zeros."""
-    start = jax.jit(method.init)(jax.random.key(0), batch_of())["params"]
+    start = start_of(method)
     random = np.random.default_rng(1)
     noisy = {
         path: leaf + 0.2 * random.normal(size=leaf.shape).astype(np.float32)
@@ -134,7 +136,7 @@ def test_norms_in_place_of_both_norms_of_a_block_start_as_clip():
     silent = changed(silent, "_of_domain/", jnp.zeros_like)
     assert_like_clip(method, silent)
     # As it is at the start, apart from biases and the like.
-    start = jax.jit(method.init)(jax.random.key(0), batch_of())["params"]
+    start = start_of(method)
     for path, leaf in flatten(start).items():
         if "/experts/fc2/" in path or "_of_domain/" in path:
             assert not np.any(leaf), path
@@ -164,7 +166,7 @@ def test_a_gate_starts_as_none_and_then_weighs_experts_by_domain():
     flat, mine = flatten(random_params(gated)), flatten(params)
     own = {path for path in flat if "/gate/" in path}
     assert set(flat) == set(mine) | own and own
-    start = flatten(jax.jit(gated.init)(jax.random.key(0), batch_of())["params"])
+    start = flatten(start_of(gated))
     zeros = unflatten({**mine, **{path: start[path] for path in own}})
     expected = detect(method, params).feature
     np.testing.assert_allclose(detect(gated, zeros).feature, expected, rtol=1e-4, atol=1e-5)
@@ -346,6 +348,65 @@ def test_frozen_clip_is_the_same_to_the_last_bit_after_training():
     assert moved == set(before) - clip
 
 
+@pytest.mark.parametrize("site", ["output", "pre"])
+def test_towers_and_projection_come_from_a_checkpoint_of_clip(site, tmp_path):
+    method, params = started()
+    state = {
+        key.removeprefix("clip."): value
+        for key, value in method.layout().save(params).items()
+        if key.startswith("clip.")
+    }
+    path = tmp_path / "clip.safetensors"
+    write_state_dict(path, state)
+    heads = {"num_attention_heads": 2}
+    vision = {**heads, "image_size": [8, 12]}
+    about = {"model_type": "clip", "vision_config": vision, "text_config": heads}
+    path.with_suffix(".json").write_text(json.dumps(about))
+    receiver = build(
+        **{"model.clip.path": str(path), "model.freeze": "clip", "model.norm_site": site}
+    )
+    start = start_of(receiver)
+    before = flatten(start)
+    loaded, notes = load_pretrained(receiver, TrainState(0, start, {}, None, 0, 0))
+    after, given = flatten(loaded.params), flatten(params)
+    assert len(notes) == 3
+    own = ("/experts/", "/domain_norm/", "_of_domain/", "mask_token")
+    for name, value in after.items():
+        of_clip = name.startswith(("visual/", "text/")) and not any(part in name for part in own)
+        if name == "fusion/projection/kernel":
+            expected = given["visual/projection/kernel"]
+        else:
+            expected = (given if of_clip else before)[name]
+        np.testing.assert_array_equal(value, expected, err_msg=name)
+    assert np.any(after["text/positions"] != before["text/positions"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model.expert_gate": "domain"},
+        {"model.norm_site": "pre"},
+        {"model.norm_site": "pre", "model.experts": 0, "model.meta": "none"},
+        {"model.experts": 0, "model.meta": "none", "model.second_order_layers": ()},
+    ],
+    ids=["gate", "pre", "pre without experts", "no experts"],
+)
+def test_every_choice_of_the_adaptation_survives_its_layout(changes):
+    if "model.meta" in changes:
+        changes = {**changes, "model.alignment_weight": 0.0}
+    method, random = build(**changes), np.random.default_rng(6)
+    batch = {name: x[:1] for name, x in batch_of().items()}
+    shapes = jax.eval_shape(lambda: method.init(jax.random.key(0), batch))["params"]
+    params = jax.tree.map(lambda x: random.normal(size=x.shape).astype(np.float32), shapes)
+    saved = method.layout().save(params)
+    assert sum(value.size for value in saved.values()) == sum(
+        x.size for x in flatten(shapes).values()
+    )
+    again = flatten(method.layout().load(saved, shapes))
+    for name, value in flatten(params).items():
+        np.testing.assert_array_equal(again[name], value, err_msg=name)
+
+
 def trained_paths(method: GMDF) -> set[str]:
     batch = {name: x[:1] for name, x in batch_of().items()}
     params = jax.eval_shape(lambda: method.init(jax.random.key(0), batch))["params"]
@@ -406,3 +467,17 @@ def test_clip_has_a_rate_of_its_own_and_tokens_are_not_decayed():
 def test_settings_that_do_not_fit_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         build(**changes)
+
+
+def test_the_domains_of_the_model_are_those_of_the_data(tmp_path):
+    config, settings = derive(config_of(**{"model.domains": 0}), tmp_path)
+    assert ("model.domains", 4) in [(setting.field, setting.value) for setting in settings]
+    assert complete_without_data(config_of(**{"model.domains": 0})).model.domains == 4
+    source = training_source(config)
+    check_domains(config, source)
+    config.model.domains = 3
+    with pytest.raises(ValueError, match=r"model.domains is 3, but 'mix:.*' has 4 domains: synth"):
+        check_domains(config, source)
+    alone = config_of(**{"model.domains": 0, "data.source": "synthetic:collections:0"})
+    with pytest.raises(ValueError, match="'synthetic:collections:0' is no mixture, but this"):
+        derive(alone, tmp_path)

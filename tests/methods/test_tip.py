@@ -1,3 +1,4 @@
+import collections
 import dataclasses
 import functools
 
@@ -12,6 +13,7 @@ from mim_jax.methods.tip import LOSSES, TIP, reconstruction
 from mim_jax.models.table_encoder import BLOCKED, TableEncoder, hidden_keys
 from mim_jax.models.transformer import Transformer
 from mim_jax.training.derived import derive
+from mim_jax.training.state import split_trainable
 from mim_jax.training.tree import flatten
 
 CATEGORIES, CONTINUOUS, COLUMNS = (3, 2), 3, 5
@@ -215,7 +217,7 @@ def test_missing_cells_are_hidden_and_have_no_target():
     assert np.isfinite(loss)
 
 
-def test_the_order_of_the_batch_orders_the_similarities_and_nothing_else():
+def test_the_order_of_the_batch_orders_the_logits_and_nothing_else():
     batch, masked = batch_of(), cells(0, 3)
     order = np.array([2, 0, 3, 1])
     (loss, _), before, _ = step(batch, masked)
@@ -224,6 +226,9 @@ def test_the_order_of_the_batch_orders_the_similarities_and_nothing_else():
     (again, _), after, _ = step(shuffled, masked, noise)
     expected = before.similarity[order][:, order]
     np.testing.assert_allclose(after.similarity, expected, rtol=1e-4, atol=1e-4)
+    # Of pairs, of tables with other images, and of images with other tables.
+    matching = before.matching.reshape(3, 4, 2)[:, order]
+    np.testing.assert_allclose(after.matching.reshape(3, 4, 2), matching, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(again, loss, rtol=1e-4)
 
 
@@ -252,6 +257,24 @@ def test_the_mean_of_the_chosen_losses_is_the_objective():
         np.testing.assert_allclose(loss, np.mean(terms), rtol=1e-6)
         assert ("mtr_top1" in aux.metrics) == ("mtr" in objectives)
         assert set(aux.mutable) == {"batch_stats"}
+
+
+@pytest.mark.parametrize("objectives", [("itc",), ("mtr",)])
+def test_parts_that_no_objective_trains_are_frozen(objectives):
+    _, variables = started()
+    method = build(**{"model.objectives": objectives})
+    trained, fixed = split_trainable(method, variables["params"])
+
+    def loss(params):
+        everything = {**variables, "params": params}
+        return method.loss(everything, batch_of(), keys(0), jnp.zeros((), jnp.int32))[0]
+
+    gradients = flatten(jax.jit(jax.grad(loss))(variables["params"]))
+    sizes = collections.Counter()
+    for path, gradient in gradients.items():
+        sizes[path.split("/")[0]] += float(jnp.abs(gradient).sum())
+    assert {part for part, size in sizes.items() if size == 0} == set(fixed)
+    assert set(fixed).isdisjoint(trained) and fixed
 
 
 def test_hidden_keys_are_finite_in_every_type():

@@ -8,7 +8,7 @@ import pytest
 from mim_jax.conversion.files import write_state_dict
 from mim_jax.layout.towers import tower_layout
 from mim_jax.training import experiment
-from mim_jax.training.derived import complete_towers, derive
+from mim_jax.training.derived import complete_without_data, derive
 from mim_jax.training.inspection import inspection
 from tests.methods.tiny import tiny_config
 from tests.training.follower import SMALL, follower_config, random_tower
@@ -55,17 +55,17 @@ def test_towers_have_the_sizes_of_their_weights_and_are_shown_as_frozen(config):
 
 
 def test_without_data_towers_are_those_that_training_derives(config, tmp_path):
-    completed = complete_towers(config)
+    completed = complete_without_data(config)
     derived, settings = derive(config, tmp_path / "run")
     assert completed.to_dict() == derived.to_dict()
     assert {s.field.rpartition(".")[2] for s in settings} >= {"width", "depth", "heads"}
     assert config.model.teacher.width == 48, "the given config is left as it is"
-    assert complete_towers(completed).to_dict() == completed.to_dict()
+    assert complete_without_data(completed).to_dict() == completed.to_dict()
 
 
 def test_config_whose_towers_have_no_path_stays_as_it_is():
     config = follower_config("")
-    assert complete_towers(config).to_dict() == config.to_dict()
+    assert complete_without_data(config).to_dict() == config.to_dict()
 
 
 def test_tower_that_is_not_there_is_an_error(config):

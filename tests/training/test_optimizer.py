@@ -144,11 +144,12 @@ def test_adam_adds_the_decay_to_the_gradient():
             np.testing.assert_allclose(params[name], p.detach().numpy(), rtol=1e-6)
 
 
-def test_each_group_is_clipped_by_its_own_norm_and_may_keep_its_rate():
+@pytest.mark.parametrize("own", [{"clip_norm": 2.0}, {"clip_norm": 1.0, "clip_alone": True}])
+def test_a_group_may_be_clipped_by_its_own_norm_and_keep_its_rate(own):
     config = configs.defaults()
     config.optimizer.update(name="lars", lr=1.0, clip_norm=1.0, weight_decay=0.0, momentum=0.0)
     config.schedule.warmup_epochs = 1.0
-    settings = {"clip_norm": 2.0, "constant_rate": True, "lr": 0.5}
+    settings = {**own, "constant_rate": True, "lr": 0.5}
     groups = (Group("critic", "^critic", settings),)
     schedules = build_schedules(config, groups, steps_per_epoch=4, steps=12)
     assert [float(schedules["critic"](step)) for step in (0, 5, 11)] == [0.5, 0.5, 0.5]
@@ -159,8 +160,23 @@ def test_each_group_is_clipped_by_its_own_norm_and_may_keep_its_rate():
         "rest": {"bias": jnp.array([3.0, 4.0])},
     }
     updates, _ = optimizer.update(gradients, optimizer.init(params), params, step=4)
-    np.testing.assert_allclose(updates["critic"]["bias"], [-0.6, -0.8], rtol=1e-6)
+    step = -0.5 * own["clip_norm"] * np.array([0.6, 0.8])
+    np.testing.assert_allclose(updates["critic"]["bias"], step, rtol=1e-6)
     np.testing.assert_allclose(updates["rest"]["bias"], [-0.6, -0.8], rtol=1e-6)
+
+
+def test_groups_of_one_norm_are_clipped_together():
+    config = configs.defaults()
+    config.optimizer.update(name="lars", lr=1.0, clip_norm=1.0, weight_decay=0.0, momentum=0.0)
+    config.schedule.warmup_epochs = 1.0
+    groups = (Group("critic", "^critic", {"lr": 2.0}),)
+    schedules = build_schedules(config, groups, steps_per_epoch=4, steps=12)
+    optimizer = build_optimizer(config.optimizer, groups, schedules)
+    params = {"critic": {"bias": jnp.zeros(1)}, "rest": {"bias": jnp.zeros(1)}}
+    gradients = {"critic": {"bias": jnp.array([30.0])}, "rest": {"bias": jnp.array([40.0])}}
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params, step=4)
+    np.testing.assert_allclose(updates["critic"]["bias"], [-1.2], rtol=1e-6)
+    np.testing.assert_allclose(updates["rest"]["bias"], [-0.8], rtol=1e-6)
 
 
 def test_first_matching_group_wins():
