@@ -20,7 +20,7 @@ import ml_collections
 
 from mim_jax.plan.hlo import Work, read_work
 from mim_jax.training import sharding
-from mim_jax.training.derived import OPEN, SIZE_FIELDS, complete_towers, open_fields
+from mim_jax.training.derived import OPEN, SIZE_FIELDS, complete_without_data, open_fields
 from mim_jax.training.experiment import Experiment
 from mim_jax.training.flops import count_flops
 from mim_jax.training.inspection import parameter_kinds
@@ -140,7 +140,7 @@ def planned_config(
     Raises:
         ValueError: if it leaves fields open, or its batch does not fit the mesh.
     """
-    config = complete_towers(config)
+    config = complete_without_data(config)
     missing = [field for field in open_fields(config) if field in _NEEDED]
     if missing:
         raise ValueError(
