@@ -2,7 +2,7 @@
 """Sets up a virtual environment in this checkout, once, and runs a command in it.
 
     python3 launch/start.py mim-jax train --config mae:tiny
-    python3 launch/start.py --extra test python -m pytest -n 2
+    python3 launch/start.py --extra test python -m pytest -n 2 --dist loadscope
 
 Needs only Python 3.11 to 3.13 with `venv`. The environment is .venv, or the folder named by
 MIM_JAX_VENV; it is made again when pyproject.toml or the Python version changes.

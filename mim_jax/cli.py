@@ -209,7 +209,6 @@ def _inspect(arguments: list[str]) -> int:
     _start_jax()
     from mim_jax.training.inspection import inspection
 
-    # In a file or a pipe there is no width to keep to, and paths are best read in one piece.
     console = wide_console()
     console.print(*inspection(config), sep="\n")
     return 0
@@ -363,8 +362,8 @@ def _verify(arguments: list[str]) -> int:
     return 0 if all(point.agrees for point in points) else 1
 
 
-MOST_COLUMNS = 8
-"""Of scores in a table."""
+WIDEST_TABLE = 80
+"""Characters; terminals have room for them."""
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
@@ -383,7 +382,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
 def score_table(rows: dict[str, dict[str, float]]) -> Table:
     """Scores in per cent, a row for each encoder and a column for each score; losses as they are.
 
-    More than `MOST_COLUMNS` scores, which no terminal has room for side by side, are rows instead.
+    Where titles side by side would be wider than `WIDEST_TABLE`, scores are rows instead.
     The single score of a protocol is its top-1 accuracy. Of several, the protocol is named only
     where two have scores of the same name.
     """
@@ -398,7 +397,7 @@ def score_table(rows: dict[str, dict[str, float]]) -> Table:
             n: f"{x:.3f}" if n.endswith("entropy") else f"{100 * x:.1f}" for n, x in row.items()
         }
         grid.append([title, *(shown.get(name, "-") for name in names)])
-    if len(names) > MOST_COLUMNS:
+    if sum(len(title) + len(" | ") for title in grid[0]) > WIDEST_TABLE:
         grid = [list(column) for column in zip(*grid, strict=True)]
         grid[0][0] = "score"
     table = Table(title="scores, %")

@@ -139,5 +139,8 @@ def require(values: flags.FlagValues, verb: str, name: str) -> None:
 
 
 def wide_console() -> Console:
-    """A console for tables: in a file or a pipe there is no width to keep to."""
+    """A console for tables.
+
+    In a file or a pipe there is no width to keep to, and paths are best read in one piece.
+    """
     return Console(width=None if sys.stdout.isatty() else 160)

@@ -436,13 +436,15 @@ def test_scores_of_the_same_name_are_told_apart_by_their_protocol() -> None:
     assert headers == ["features", "knn", "top1", "patch_local/linear", "linear"]
 
 
-def test_many_scores_are_rows_in_place_of_columns() -> None:
-    row = {f"detection/auc/{number}": number / 10 for number in range(9)}
-    table = cli.score_table({"trained": row, "untrained": {"detection/auc/0": 0.5}})
+@pytest.mark.parametrize(("count", "prefix"), [(17, ""), (4, "synthetic:collections:")])
+def test_scores_that_are_too_wide_for_columns_are_rows(count: int, prefix: str) -> None:
+    row = {f"detection/auc/{prefix}{number}": number / 10 for number in range(count)}
+    first = next(iter(row))
+    table = cli.score_table({"trained": row, "untrained": {first: 0.5}})
     headers = [column.header for column in table.columns]
     assert headers == ["score", "trained", "untrained"]
     assert [list(column.cells)[:2] for column in table.columns] == [
-        ["0", "1"],
+        [f"{prefix}0", f"{prefix}1"],
         ["0.0", "10.0"],
         ["50.0", "-"],
     ]

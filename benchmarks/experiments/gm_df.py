@@ -32,10 +32,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw
 
+from benchmarks.experiments.seeded import Seeded
 from benchmarks.experiments.toy_task import spread
 from benchmarks.measure import RESULTS, Report
 from mim_jax import config as configs
@@ -48,8 +48,6 @@ from mim_jax.method import Variables
 from mim_jax.methods.gm_df import GMDF
 from mim_jax.training.experiment import Experiment, training_batches
 from mim_jax.training.pictures import load_font
-from mim_jax.training.state import init_state
-from mim_jax.training.step import make_train_step
 
 SIZES: dict[str, Any] = {
     "model.clip.patch_size": (8, 8),
@@ -107,24 +105,9 @@ class Arm:
         self.experiment = experiment = Experiment.build(self.config, examples, jax.devices()[:1])
         assert isinstance(experiment.method, GMDF)
         self.method, self.steps = experiment.method, steps
-        like = {name: jnp.zeros((1, *x.shape[1:])) for name, x in experiment.batch_shapes().items()}
-        self.initial = jax.jit(
-            lambda seed: init_state(
-                experiment.method, experiment.optimizer, jax.random.key(seed), like
-            )
-        )
-
-        def step(state: Any, batch: Any, seed: jax.Array) -> Any:
-            return make_train_step(
-                experiment.method,
-                experiment.optimizer,
-                experiment.schedules,
-                experiment.prepare,
-                seed=seed,  # type: ignore[arg-type]  # a traced one will do
-            )(state, batch)
-
         data = experiment.config.data
-        self._step = jax.jit(step, donate_argnums=0)
+        seeded = Seeded(experiment)
+        self.initial, self._step = seeded.initial, seeded.step
         self._scores = jax.jit(
             lambda variables, batch: self.method.scores(
                 variables, {**batch, "image": normalize(batch["image"], data.mean, data.std)}

@@ -30,6 +30,7 @@ import numpy as np
 from PIL import Image
 from sklearn.linear_model import Ridge
 
+from benchmarks.experiments.seeded import Seeded
 from benchmarks.experiments.toy_task import spread
 from benchmarks.measure import RESULTS, Report
 from mim_jax import config as configs
@@ -40,8 +41,6 @@ from mim_jax.methods.parts.volumes import COLOURS
 from mim_jax.targets import patchify
 from mim_jax.training.experiment import Experiment
 from mim_jax.training.pictures import picture_grid
-from mim_jax.training.state import init_state
-from mim_jax.training.step import make_train_step
 
 SIDE, PATCH, ORGANS = 24, 6, 4
 TAPS = (3, 6, 9)
@@ -104,23 +103,8 @@ class Arm:
         assert isinstance(experiment.method, HiEndMAE)
         self.method = experiment.method
         self.steps = steps
-        like = {"image": jnp.zeros((1, SIDE, SIDE, SIDE, 1))}
-        self.initial = jax.jit(
-            lambda seed: init_state(
-                experiment.method, experiment.optimizer, jax.random.key(seed), like
-            )
-        )
-
-        def step(state: Any, batch: Any, seed: jax.Array) -> Any:
-            return make_train_step(
-                experiment.method,
-                experiment.optimizer,
-                experiment.schedules,
-                experiment.prepare,
-                seed=seed,  # type: ignore[arg-type]  # a traced one will do
-            )(state, batch)
-
-        self._step = jax.jit(step, donate_argnums=0)
+        seeded = Seeded(experiment)
+        self.initial, self._step = seeded.initial, seeded.step
         self._levels = jax.jit(
             lambda variables, images: self.method.levels(
                 variables, {"image": images.astype(jnp.float32) / (2**16 - 1)}

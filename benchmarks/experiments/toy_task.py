@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from benchmarks.experiments.seeded import Seeded
 from benchmarks.experiments.toy_images import Images, Task
 from benchmarks.measure import RESULTS, Report, alternate, summary
 from mim_jax import config as configs
@@ -36,7 +37,7 @@ from mim_jax.models.tower import tower_settings
 from mim_jax.models.vit import ViT
 from mim_jax.training import tree
 from mim_jax.training.experiment import Experiment, training_crop
-from mim_jax.training.state import TrainState, init_state, state_from_variables
+from mim_jax.training.state import TrainState, state_from_variables
 from mim_jax.training.step import make_train_step
 
 WIDTH, DEPTH, HEADS = 64, 4, 4
@@ -146,24 +147,8 @@ class Trainer:
         """Builds the experiment; nothing is compiled before it is needed."""
         self.task, self.arm = task, arm
         self.experiment = experiment = experiment_of(task, arm)
-        shapes = experiment.batch_shapes()
-        like = {name: jnp.zeros((1, *x.shape[1:])) for name, x in shapes.items()}
-
-        def initial(seed: jax.Array) -> TrainState:
-            key = jax.random.key(seed)
-            return init_state(experiment.method, experiment.optimizer, key, like)
-
-        def step(state: TrainState, batch: Any, seed: jax.Array) -> Any:
-            return make_train_step(
-                experiment.method,
-                experiment.optimizer,
-                experiment.schedules,
-                experiment.prepare,
-                seed=seed,  # type: ignore[arg-type]  # a traced one will do
-            )(state, batch)
-
-        self.initial = jax.jit(initial)
-        self._step = jax.jit(step, donate_argnums=0)
+        seeded = Seeded(experiment)
+        self.initial, self._step = seeded.initial, seeded.step
 
     def start(self, seed: int) -> TrainState:
         """The state before the first step: with its teacher, and calibrated."""

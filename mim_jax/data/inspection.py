@@ -167,8 +167,13 @@ def source_sheet(source: Source, limit: int = _SHEET_IMAGES) -> np.ndarray:
 
 def facts_table(facts: SourceFacts) -> Table:
     """Return the facts as lines for a person."""
+    return table_of(_rows(facts))
+
+
+def table_of(rows: Iterable[tuple[str, str]]) -> Table:
+    """Return lines of a name and a value as a table."""
     table = Table(show_header=False)
-    for row in _rows(facts):
+    for row in rows:
         table.add_row(*map(Text, row))  # not markup: a file may be called [bold].png
     return table
 

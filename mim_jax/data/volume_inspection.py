@@ -5,10 +5,9 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
-from rich.text import Text
 
 from mim_jax.data.contact_sheet import contact_sheet
-from mim_jax.data.inspection import sample_indices, spread, unreadable_rows
+from mim_jax.data.inspection import sample_indices, spread, table_of, unreadable_rows
 from mim_jax.data.samples import UnreadableImage
 from mim_jax.data.sources import Source
 from mim_jax.data.volumes import Volume, segmentation_in
@@ -101,10 +100,7 @@ def inspect_volumes(source: Source, sample: int | None = 64) -> VolumeFacts:
 
 def volume_facts_table(facts: VolumeFacts) -> Table:
     """Return the facts as lines for a person."""
-    table = Table(show_header=False)
-    for row in _rows(facts):
-        table.add_row(*map(Text, row))
-    return table
+    return table_of(_rows(facts))
 
 
 def volume_sheet(source: Source, limit: int = _SHEET_VOLUMES) -> np.ndarray:
