@@ -2,13 +2,17 @@
 
 A checkpoint has three items: `variables` (parameters and mutable collections, all that evaluation
 needs), `progress` (step, optimizer state, counters) and `about` (config, method, versions). It can
-be restored onto any mesh. Once it is complete, a thread writes checksums of its files into it.
+be restored onto any mesh. Once it is complete, a thread writes checksums of its files into it; at
+`gs://` that is left to the store, which has checksums of its own.
 """
 
+import contextlib
 import json
 import logging
 import shutil
+import tempfile
 import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +21,12 @@ import jax
 import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from mim_jax import config as configs
+from mim_jax import object_store
 from mim_jax.training import checksums
 from mim_jax.training.state import TrainState
 from mim_jax.training.tree import differences, flatten, unflatten
@@ -30,6 +36,9 @@ FOLDER = "checkpoints"
 
 DAMAGED = "damaged_checkpoints"
 """Where damaged checkpoints of a run are put."""
+
+COMMITTED = "commit_success.txt"
+"""The file by which a checkpoint in an object store is complete, written last; Orbax's name."""
 
 SECONDS_BETWEEN_LOOKS = 0.2
 """How often it is looked whether a checkpoint is complete."""
@@ -45,7 +54,9 @@ class SaveFailed(RuntimeError):
     """A checkpoint could not be written; those before it are as they were."""
 
 
-def _manager(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+def _manager(
+    folder: Path | epath.Path, options: ocp.CheckpointManagerOptions
+) -> ocp.CheckpointManager:
     handlers = {
         "variables": ocp.StandardCheckpointHandler(),
         "progress": ocp.StandardCheckpointHandler(),
@@ -79,22 +90,27 @@ class Checkpoints:
     """The checkpoints of one run."""
 
     def __init__(
-        self, run: Path, config: ml_collections.ConfigDict, *, read_only: bool = False
+        self, run: Path | str, config: ml_collections.ConfigDict, *, read_only: bool = False
     ) -> None:
         """Opens the checkpoints below a run's folder, and creates it if it is not there.
 
         Leftovers of a save that was cut short are removed; they were never complete.
 
         Args:
-            run: folder of the run.
+            run: folder of the run, or its URL at gs://.
             config: the run's config; `config.checkpoint` says what is kept.
             read_only: change nothing; the folder must be there, and a run may be writing to it.
         """
         settings = config.checkpoint
-        self.folder = (run / FOLDER).absolute()
+        self._url = object_store.object_url(run)
+        self.folder: Path | epath.Path = (Path(run) / FOLDER).absolute()
+        if self._url:
+            self.folder = epath.Path(self._url) / FOLDER
         self._config = config
         self._seals: list[_Seal] = []
         self._last_started: int | None = None
+        # Those of the libraries of object stores are of many kinds.
+        self._errors = (Exception,) if self._url else (OSError, ValueError)
         options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
         if not read_only:
             options = ocp.CheckpointManagerOptions(
@@ -117,7 +133,9 @@ class Checkpoints:
         Raises:
             ValueError: if there are checkpoints, but all of them are damaged.
         """
-        notes = []
+        notes: list[str] = []
+        if self._url:
+            return notes  # the store has checksums of its own
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             problems = self._damage(step)
@@ -140,14 +158,15 @@ class Checkpoints:
 
     def _damage(self, step: int) -> list[str]:
         """What is wrong with the files of a step, as all processes see it together."""
-        found = checksums.damage(self.folder / str(step), jax.process_index(), jax.process_count())
+        folder = Path(self.folder) / str(step)
+        found = checksums.damage(folder, jax.process_index(), jax.process_count())
         if jax.process_count() == 1:
             return found
         anywhere = multihost_utils.process_allgather(np.array(len(found)))
         return found or ["another process found it so"] * int(np.any(anywhere))
 
     def _set_aside(self, step: int) -> Path:
-        target = self.folder.parent / DAMAGED / str(step)
+        target = Path(self.folder).parent / DAMAGED / str(step)
         if jax.process_index() == 0:
             target.parent.mkdir(exist_ok=True)
             shutil.rmtree(target, ignore_errors=True)
@@ -192,10 +211,10 @@ class Checkpoints:
                 metrics=metrics,
                 force=True,
             )
-        except (OSError, ValueError) as error:
+        except self._errors as error:
             raise self._failed(error) from error
-        if self._config.checkpoint.checksums:
-            self._seals.append(_Seal(self.folder / str(step)))
+        if self._config.checkpoint.checksums and not self._url:
+            self._seals.append(_Seal(Path(self.folder) / str(step)))
         if failure is not None:
             raise failure
 
@@ -251,7 +270,7 @@ class Checkpoints:
         """
         try:
             self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:
+        except self._errors as error:
             raise self._failed(error) from error
         self._end_seals()
 
@@ -261,11 +280,13 @@ class Checkpoints:
         self._end_seals(failed=True)
         if jax.process_count() == 1:
             self._manager = _manager(self.folder, self._options)  # removes leftovers
-        free = shutil.disk_usage(self.folder).free
+        free = ""
+        if not self._url:
+            free = f" ({shutil.disk_usage(self.folder).free / 2**20:,.0f} MiB free)"
         kept = "none is saved yet" if before is None else f"the last one saved is step {before}"
         return SaveFailed(
-            f"the checkpoint of step {step} could not be written to {self.folder} "
-            f"({free / 2**20:,.0f} MiB free); {kept}. {_first_line(error)}"
+            f"the checkpoint of step {step} could not be written to {self.folder}{free}; {kept}. "
+            f"{_first_line(error)}"
         )
 
     def _end_seals(self, *, failed: bool = False) -> None:
@@ -327,28 +348,42 @@ def _preserved(settings: ml_collections.ConfigDict) -> list[policies.Preservatio
     return kept
 
 
-def checkpoint_steps(run: Path) -> list[int]:
+def checkpoint_steps(run: Path | str) -> list[int]:
     """Steps of a run's complete checkpoints, in order; empty if there are none."""
-    folder = (run / FOLDER).absolute()
+    if url := object_store.object_url(run):
+        return sorted(complete_checkpoints(object_store.files(url)))
+    folder = (Path(run) / FOLDER).absolute()
     return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
 
 
-def read_variables(run: Path, step: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+def is_run(path: Path | str) -> bool:
+    """Whether a path is the folder of a run, here or in an object store."""
+    if object_store.object_url(path):
+        return bool(checkpoint_steps(path))
+    return (Path(path) / FOLDER).is_dir()
+
+
+def read_variables(
+    run: Path | str, step: int | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Variables of a run's checkpoint as NumPy arrays, and its `about` (method, config, versions).
 
     Args:
-        run: folder of a run.
+        run: folder of a run, or its URL.
         step: which checkpoint; the newest by default.
 
     Raises:
         FileNotFoundError: if the folder holds no complete checkpoint, or not that one.
     """
-    folder = (run / FOLDER).absolute()
     steps = checkpoint_steps(run)
     if not steps or (step is not None and step not in steps):
         wanted = "complete checkpoint" if step is None else f"checkpoint of step {step}"
         raise FileNotFoundError(f"{run} holds no {wanted}; it has steps {steps}.")
     step = steps[-1] if step is None else step
+    if object_store.object_url(run):
+        with local_run(run, lambda _: [step]) as copy:
+            return read_variables(copy, step)
+    folder = (Path(run) / FOLDER).absolute()
     if problems := checksums.damage(folder / str(step)):
         others = [other for other in steps if other != step]
         raise ValueError(
@@ -372,3 +407,44 @@ def read_variables(run: Path, step: int | None = None) -> tuple[dict[str, Any], 
             ),
         )
     return restored["variables"], restored["about"]
+
+
+@contextlib.contextmanager
+def local_run(run: Path | str, needed: Callable[[list[int]], Iterable[int]]) -> Iterator[Path]:
+    """The folder of a run; of one in an object store, a copy for as long as the body runs.
+
+    The copy has the files directly in the folder (config, metrics), and checkpoints.
+
+    Args:
+        run: folder of the run, or its URL.
+        needed: of the steps of its checkpoints, those that are copied.
+    """
+    url = object_store.object_url(run)
+    if url is None:
+        yield Path(run)
+        return
+    names = object_store.files(url)
+    complete = complete_checkpoints(names)
+    wanted = [name for name in names if "/" not in name]
+    for step in needed(sorted(complete)):
+        wanted += [f"{FOLDER}/{step}/{name}" for name in complete[step]]
+    with tempfile.TemporaryDirectory(prefix="mim_jax_run_") as folder:
+        object_store.download(url, wanted, Path(folder))
+        yield Path(folder)
+
+
+def checkpoints_among(names: Iterable[str]) -> dict[int, set[str]]:
+    """Of the objects of a run: those of each checkpoint, complete or not."""
+    found: dict[int, set[str]] = {}
+    for name in names:
+        folder, _, rest = name.partition("/")
+        step, _, part = rest.partition("/")
+        if folder == FOLDER and step.isdigit() and part:
+            found.setdefault(int(step), set()).add(part)
+    return found
+
+
+def complete_checkpoints(names: Iterable[str]) -> dict[int, set[str]]:
+    """Of the objects of a run: those of each complete checkpoint."""
+    found = checkpoints_among(names)
+    return {step: parts for step, parts in found.items() if COMMITTED in parts}

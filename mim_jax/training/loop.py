@@ -46,6 +46,7 @@ from mim_jax.training.gallery import (
 )
 from mim_jax.training.interruption import Interrupted, Interruption
 from mim_jax.training.restore_progress import telling_progress
+from mim_jax.training.run_folder import RunFolder
 from mim_jax.training.run_log import RunLog
 from mim_jax.training.sharding import batch_sharding
 from mim_jax.training.state import TrainState
@@ -85,8 +86,8 @@ class Result:
 
     state: TrainState
     evaluation: dict[str, dict[str, float]]
-    picture: Path | None
-    folder: Path
+    picture: Path | str | None
+    folder: Path | str
 
 
 def train(
@@ -101,7 +102,8 @@ def train(
 
     Args:
         config: a complete config, see `mim_jax.config.load`.
-        folder: of the run: config, versions, metrics, pictures and checkpoints.
+        folder: of the run: config, versions, metrics, pictures and checkpoints; or its URL, see
+            `mim_jax.training.run_folder`.
         devices: devices to use; all by default.
         console: where to print.
         on_step: called with the number of steps taken after each step was dispatched.
@@ -112,9 +114,10 @@ def train(
             is short.
         Interrupted: after SIGTERM or SIGINT, once everything is saved.
     """
-    folder = Path(folder)
-    config, settings = derive(config, folder, devices)
     with contextlib.ExitStack() as stack:
+        place = stack.enter_context(RunFolder(folder))
+        folder = place.local
+        config, settings = derive(config, folder, devices)
         watchdog = stack.enter_context(
             Watchdog(
                 config.log.watchdog_seconds,
@@ -132,7 +135,7 @@ def train(
         check_formats(config.export.formats, experiment.method, config)
         config = experiment.config
         interruption = stack.enter_context(Interruption(experiment.mesh))
-        checkpoints = Checkpoints(folder, config)
+        checkpoints = Checkpoints(place.checkpoints, config)
         stack.callback(checkpoints.close)
         damaged = checkpoints.drop_damaged()
         first_step = checkpoints.latest_step() or 0
@@ -153,7 +156,8 @@ def train(
         if settings:
             log.note(f"derived settings, each of which may be set:\n{as_text(settings)}")
         _write_about(folder, config, log)
-        run = _Run(experiment, source, folder, log, checkpoints, interruption, watchdog, on_step)
+        place.keep(strict=True)
+        run = _Run(experiment, source, place, log, checkpoints, interruption, watchdog, on_step)
         try:
             return run.train(first_step)
         except jax.errors.JaxRuntimeError as error:
@@ -167,7 +171,7 @@ class _Run:
         self,
         experiment: Experiment,
         source: Source,
-        folder: Path,
+        place: RunFolder,
         log: RunLog,
         checkpoints: Checkpoints,
         interruption: Interruption,
@@ -177,7 +181,8 @@ class _Run:
         self.experiment = experiment
         self.config = experiment.config
         self.source = source
-        self.folder = folder
+        self.place = place
+        self.folder = place.local
         self.log = log
         self.checkpoints = checkpoints
         self.interruption = interruption
@@ -209,7 +214,8 @@ class _Run:
             self._pictures(state, total)
             evaluation = self._final_evaluation(state, first_batch)
             self._export(total)
-        return Result(state, evaluation, self.picture_path, self.folder)
+        picture = self.picture_path and self.place.public(self.picture_path)
+        return Result(state, evaluation, picture, self.place.name)
 
     def _host_batches(self, first_step: int) -> Generator[HostBatch, None, None]:
         for batch in self._batches_despite_deaths(first_step):
@@ -372,13 +378,14 @@ class _Run:
         self.save(state, step)
         self.checkpoints.wait()
         raise Interrupted(
-            f"{self.interruption.requested} at step {step}: everything is saved in {self.folder}; "
-            "start the same command again to go on"
+            f"{self.interruption.requested} at step {step}: everything is saved in "
+            f"{self.place.name}; start the same command again to go on"
         )
 
     def save(self, state: TrainState, step: int, scores: dict[str, float] | None = None) -> None:
         """Starts to write a checkpoint, once everything up to its step is in the log."""
         self._record_all()
+        self.place.keep()
         best = self.config.checkpoint.best_metric
         if best and scores is not None and best not in scores:
             raise ValueError(
@@ -444,7 +451,7 @@ class _Run:
         """Writes the weights of the last checkpoint in every format of `export.formats`."""
         if not self.config.export.formats or jax.process_index() != 0:
             return
-        variables, _ = read_variables(self.folder, step)
+        variables, _ = read_variables(self.place.checkpoints, step)
         for name in self.config.export.formats:
             output = self.folder / "export" / f"{name}{'' if name.startswith('hf-') else SUFFIX}"
             method = self.experiment.method

@@ -6,13 +6,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from mim_jax import object_store
+
 SECONDS_BETWEEN = 15
 
 GIGABYTE = 1e9
 
 
 @contextlib.contextmanager
-def telling_progress(say: Callable[[str], object], step: int, folder: Path) -> Iterator[None]:
+def telling_progress(say: Callable[[str], object], step: int, folder: Path | str) -> Iterator[None]:
     """While its body restores a checkpoint: time and bytes read, every `SECONDS_BETWEEN` seconds.
 
     A restore that is over sooner says nothing and costs nothing.
@@ -54,9 +56,11 @@ def bytes_read() -> int | None:
     return next((int(line.split()[1]) for line in lines if line.startswith("rchar:")), None)
 
 
-def size_of(folder: Path) -> int:
+def size_of(folder: Path | str) -> int:
     """Bytes of all files below a folder; 0 if it cannot be listed."""
     try:
-        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        if url := object_store.object_url(folder):
+            return sum(object_store.files(url).values())
+        return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
     except OSError:
         return 0
