@@ -45,9 +45,8 @@ def make_gradient(
 ) -> Gradient:
     """The first half of a step: gradient of the method's loss over the trainable parameters.
 
-    `gather` makes of the parameters, as devices hold them, what the loss computes with.
-
     It is averaged over `accumulate` micro-batches. The metrics are `loss` and those of the method.
+    `gather` makes of the parameters, as devices hold them, what the loss computes with.
     """
 
     def micro_step(trainable: Any, fixed: Any, mutable: Any, batch: Batch, rng: jax.Array, step):

@@ -1,5 +1,6 @@
 """Plans against the bytes of real arrays, the compiler's own figures, and numbers by hand."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -116,6 +117,17 @@ def test_parameters_in_pieces_are_gathered_and_their_gradients_scattered(data):
         assert found == {("all-gather", ("fsdp",)): size, ("all-reduce", ("data", "fsdp")): size}
     # Forward and the gradient of the kernel, for two of the sixteen rows.
     assert work.flops == 2 * (2 * 2 * 64 * 32)
+
+
+def test_fsdp_gathers_each_parameter_once_and_sums_each_gradient_once_and_sends_nothing_else():
+    program = program_of("fsdp")
+    sent = collections.Counter()
+    for one in program.work.collectives:
+        sent[one.kind, one.axes] += one.bytes * one.count
+    size = 2 * program.memory.trained  # a device holds half of each
+    scalars = sent["all-reduce", ("data", "fsdp")] - size
+    assert sent.keys() == {("all-gather", ("fsdp",)), ("all-reduce", ("data", "fsdp"))}
+    assert sent["all-gather", ("fsdp",)] == size and 4 <= scalars <= 16
 
 
 def test_devices_share_the_models_operations():
