@@ -148,9 +148,10 @@ class TarIndex:
         """Return the label or labels of one example; None if the examples are unlabelled."""
         if self.num_classes is None:
             return None
+        if not self.multi_label:  # one each
+            return int(self.labels[index])
         end = int(self._label_ends[index])
-        labels = self.labels[end - int(self.label_counts[index]) : end].tolist()
-        return labels if self.multi_label else labels[0]
+        return self.labels[end - int(self.label_counts[index]) : end].tolist()
 
     def all_labels(self) -> np.ndarray | None:
         """Return int32 `[n]`, or uint8 `[n, num_classes]` if multi-label; None if unlabelled."""
