@@ -8,7 +8,7 @@ import importlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 LIBRARIES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 """Of each scheme: the library, and the extra of this package that installs it."""
@@ -69,22 +69,44 @@ def files(url: str) -> dict[str, int]:
         }
 
 
-def versions(folder: str) -> dict[str, tuple[int, str]]:
-    """Of the objects directly in a folder, by name: bytes, and what changes with the content."""
+def names_in(folder: str) -> list[str]:
+    """Names of the objects directly in a folder; empty if there are none."""
     with _explained(folder) as store:
         try:
             found = store.ls(folder, detail=True)
         except FileNotFoundError:
-            store.ls(folder.rpartition("/")[0])  # raises if it is the bucket that is missing
-            return {}
+            if "/" not in folder.partition("://")[2]:
+                raise  # a bucket
+            return []
+        names = [facts["name"] for facts in found if facts["type"] == "file"]
+        return sorted(name.rpartition("/")[2] for name in names)
+
+
+def version(url: str) -> str:
+    """What changes with an object's content."""
+    with _explained(url) as store:
+        facts = store.info(url)
+    return str(facts.get("ETag") or facts.get("generation"))
+
+
+def modified(url: str) -> dict[str, tuple[int, float]]:
+    """Of an object, or of all objects below a URL, by URL: bytes, and time of change since 1970."""
+    with _explained(url) as store:
+        found = store.find(url, detail=True)
+        scheme = url.partition(":")[0]
         return {
-            facts["name"].rpartition("/")[2]: (
+            f"{scheme}://{name}": (
                 int(facts["size"]),
-                str(facts.get("ETag") or facts.get("etag") or facts.get("generation")),
+                (facts.get("LastModified") or facts.get("mtime")).timestamp(),
             )
-            for facts in found
-            if facts["type"] == "file"
+            for name, facts in sorted(found.items())
         }
+
+
+def opened(url: str, block_size: int) -> BinaryIO:
+    """An object as a file that is read from its beginning to its end in blocks of some bytes."""
+    with _explained(url) as store:
+        return store.open(url, "rb", block_size=block_size, cache_type="readahead")
 
 
 def read(url: str, start: int | None = None, end: int | None = None) -> bytes:

@@ -17,8 +17,11 @@ from typing import Any
 
 import msgpack
 import numpy as np
+from etils import epath
 
+from mim_jax import object_store
 from mim_jax.data.decode import UnreadableImage, check_channels, choose_backend
+from mim_jax.data.local_copy import local_copy, path_of_copy
 from mim_jax.data.records import Record, decoded
 from mim_jax.data.shards import shard_paths
 from mim_jax.data.stages import stage
@@ -119,7 +122,8 @@ def open_array_record(
     labelled as their records are, and `num_classes` is None: evaluation needs a manifest.
 
     Args:
-        pattern: a folder with a manifest, or shards as `mim_jax.data.shards.shard_paths` has it.
+        pattern: a folder with a manifest, or shards as `mim_jax.data.shards.shard_paths` has it. At
+            gs://, records are read by ranges of bytes.
         split: a split name without slice.
         channels: of the decoded images; None for 3.
         bits: 8 or 16, of the decoded images.
@@ -131,17 +135,17 @@ def open_array_record(
     """
     channels = 3 if channels is None else channels
     check_channels(channels)
-    folder = pathlib.Path(pattern).expanduser()
+    folder = _place(pattern)
     class_counts = None
     if (folder / MANIFEST).is_file():
         described = _described_split(folder, split)
-        paths = tuple(str(folder.absolute() / shard["file"]) for shard in described["shards"])
+        paths = tuple(str(folder / shard["file"]) for shard in described["shards"])
         class_counts = described.get("class_counts")
         _check_there(paths, folder / MANIFEST)
     else:
         _refuse_tfds_folder(folder)
         paths = shard_paths(pattern, split, is_shard_name, "ArrayRecord")
-    beside = pathlib.Path(paths[0]).parent / MANIFEST
+    beside = _place(paths[0]).parent / MANIFEST
     manifest = read_manifest(beside) if beside.is_file() else None
     return ArrayRecordSource(
         name=f"array_record:{pattern}" + ("" if split == "train" else f":{split}"),
@@ -155,12 +159,43 @@ def open_array_record(
     )
 
 
+def array_record_copy(pattern: str, split: str) -> str:
+    """Copy the shards of a split in an object store, and return the pattern of the copies.
+
+    Args:
+        pattern: as for `open_array_record`, at a URL.
+        split: a split name without slice.
+
+    Raises:
+        FileNotFoundError: no such folder or shard, some shards missing, or no such split.
+        OSError: see `mim_jax.data.local_copy.local_copy`.
+    """
+    folder = _place(pattern)
+    if (folder / MANIFEST).exists():
+        shards = _described_split(folder, split)["shards"]
+        wanted = [str(folder / name) for name in (MANIFEST, *(shard["file"] for shard in shards))]
+    else:
+        wanted = list(shard_paths(pattern, split, is_shard_name, "ArrayRecord"))
+        beside = _place(wanted[0]).parent / MANIFEST
+        wanted += [str(beside)] if beside.exists() else []
+    local_copy(wanted)
+    return path_of_copy(str(folder))
+
+
+def _place(path: str) -> pathlib.Path | epath.Path:
+    """Return an absolute path by which to look and read, here or in an object store."""
+    if url := object_store.object_url(path):
+        object_store.file_system(url)  # which tells what is not installed
+        return epath.Path(url)
+    return pathlib.Path(path).expanduser().absolute()
+
+
 def is_shard_name(name: str) -> bool:
     """Return whether a file of this name is taken for an ArrayRecord shard."""
     return _SHARD_NAME.fullmatch(name) is not None and not name.startswith(".")
 
 
-def read_manifest(path: pathlib.Path) -> dict[str, Any]:
+def read_manifest(path: pathlib.Path | epath.Path) -> dict[str, Any]:
     """Return a manifest.
 
     Returns:
@@ -192,15 +227,18 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
     return manifest
 
 
-def _described_split(folder: pathlib.Path, split: str) -> dict[str, Any]:
+def _described_split(folder: pathlib.Path | epath.Path, split: str) -> dict[str, Any]:
     splits = read_manifest(folder / MANIFEST)["splits"]
     if split not in splits:
         raise FileNotFoundError(f"{folder} has no split {split!r}; it has {', '.join(splits)}")
     return splits[split]
 
 
-def _check_there(paths: Sequence[str], manifest: pathlib.Path) -> None:
+def _check_there(paths: Sequence[str], manifest: pathlib.Path | epath.Path) -> None:
     missing = [path for path in paths if not os.path.isfile(path)]
+    if url := object_store.object_url(str(manifest.parent)):
+        there = object_store.files(url)
+        missing = [path for path in paths if path.removeprefix(f"{url}/") not in there]
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(paths)} shards that {manifest} lists are missing, the first "
@@ -231,7 +269,7 @@ def _opened(path: str) -> Any:
     reader = ArrayRecordReader(path, _READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER)
     if reader.ok():
         return reader
-    if not os.path.isfile(path):
+    if not _place(path).exists():
         raise FileNotFoundError(f"the shard {path} is no longer there")
     raise ValueError(f"{path} is not a whole ArrayRecord file; make it again")
 
@@ -262,7 +300,7 @@ def _unpacked(data: bytes, place: str) -> Record:
     )
 
 
-def _refuse_tfds_folder(folder: pathlib.Path) -> None:
+def _refuse_tfds_folder(folder: pathlib.Path | epath.Path) -> None:
     if (folder / "features.json").is_file() and (folder / "dataset_info.json").is_file():
         raise ValueError(
             f"{folder} was written by TensorFlow Datasets; its folder is "

@@ -8,11 +8,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mim_jax.data.array_record import MANIFEST, is_shard_name, open_array_record
+from mim_jax import object_store
+from mim_jax.data.array_record import (
+    MANIFEST,
+    array_record_copy,
+    is_shard_name,
+    open_array_record,
+)
 from mim_jax.data.decode import check_bits
 from mim_jax.data.embedded import read_embedded
 from mim_jax.data.fashion_mnist import CLASS_NAMES, read_fashion_mnist
 from mim_jax.data.folder import open_folder
+from mim_jax.data.local_copy import local_copy
 from mim_jax.data.mixture import open_mixture
 from mim_jax.data.nifti import open_nifti
 from mim_jax.data.order import permuted_indices
@@ -198,6 +205,9 @@ def open_source(
         mix:SHARE*SOURCE+SHARE*SOURCE, or mix:FILE.json: several sources with fixed shares, see
             `mim_jax.data.mixture`.
 
+    PATH, PATTERN and FOLDER may begin with `gs://` or `s3://`. Tar shards, and ArrayRecord shards
+    at gs://, are read where they are; other files are copied first, see `mim_jax.data.local_copy`.
+
     A PATTERN is a folder, a glob, `name-{000..127}.tar` or `name@8`, see
     `mim_jax.data.shards.shard_paths`.
 
@@ -228,6 +238,8 @@ def open_source(
     if kind == "mix":
         return open_mixture(text, split, functools.partial(open_source, **options))
     split_name, bounds = split_name_and_bounds(split)
+    if object_store.object_url(text):
+        text = _readable(kind, text, split_name)
     if kind in _OF_ONE_FORM:
         source = _OF_ONE_FORM[kind](text, split_name)
     else:
@@ -262,6 +274,8 @@ def _kind_and_text(name: str) -> tuple[str, str]:
     if colon and kind in _KINDS:
         return kind, text
     path = pathlib.Path(name).expanduser()
+    if object_store.object_url(name) and path.suffix != ".tar" and not is_shard_name(path.name):
+        raise ValueError(f"say what is in {name}: 'tar:URL', 'array_record:URL' or 'folder:URL'")
     if is_shard_name(path.name) or (path / MANIFEST).is_file():
         return "array_record", name
     if path.suffix == ".tar":
@@ -273,6 +287,27 @@ def _kind_and_text(name: str) -> tuple[str, str]:
     nearest = difflib.get_close_matches(name, (*_IN_MEMORY, *(f"{k}:" for k in _KINDS)), n=1)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     raise ValueError(f"unknown data source {name!r}; use {_VALID_NAMES}.{hint}")
+
+
+def _readable(kind: str, url: str, split: str) -> str:
+    """Return what a source in an object store is to be opened by: its URL, or that of a copy.
+
+    Raises:
+        ValueError: a source that is read from files of this machine only.
+    """
+    if kind == "tar" or (kind == "array_record" and url.startswith("gs:")):
+        return url
+    if kind == "folder":
+        return local_copy([url])[0]
+    if kind == "nifti":
+        folder, mark, options = url.partition("?")
+        return local_copy([folder])[0] + mark + options
+    if kind == "array_record":  # its library knows gs:// alone
+        return array_record_copy(url, split)
+    raise ValueError(
+        f"{kind}:{url} must be a file of this machine: copy it by 'gcloud storage cp -r' or 'aws "
+        "s3 cp --recursive', or mount the bucket by gcsfuse or mount-s3"
+    )
 
 
 def _open_in_memory(name: str, split: str, channels: int | None, bits: int) -> Source:

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from mim_jax import object_store
 from mim_jax.data.decode import UnreadableImage, check_channels, choose_backend
 from mim_jax.data.folder_index import IMAGE_SUFFIXES
 from mim_jax.data.index_cache import index_file, keep_index
@@ -34,6 +35,7 @@ MAX_OPEN_SHARDS = 128
 _INDEX_VERSION = 1
 _THREADS_INDEXING = 8
 _BLOCK = 512
+_REMOTE_BLOCK = 8 * 2**20  # of a shard in an object store, which is read whole to be indexed
 _NAME_LENGTH = 100  # in the header just before the image; of longer names, the beginning
 _COMPRESSED_STARTS = {
     b"\x1f\x8b": "gzip",
@@ -97,8 +99,7 @@ class TarSource:
         offset, size = int(self._index.offsets[index]), int(self._index.sizes[index])
         try:
             with stage("read"):
-                file = _opened(path)  # held by this name: it must not be closed meanwhile
-                data = os.pread(file.fileno(), _BLOCK + size, offset - _BLOCK)
+                data = _read_range(path, offset - _BLOCK, offset + size)
         except OSError as error:
             place = f"{path}, image at byte {offset}"
             raise UnreadableImage(f"{place}: {error.strerror or error}") from error
@@ -174,8 +175,9 @@ def open_tar(
 
     The first time, all headers and labels are read (not the images), and the places of the images
     are kept where the lists of files in folders are (see `mim_jax.data.folder_index`), until a
-    shard changes its size or time. The largest label plus one is the number of classes; if an
-    example has no label, all count as unlabelled.
+    shard changes its size or time. A shard in an object store is read once from end to end for
+    that; images are then read by ranges of bytes. The largest label plus one is the number of
+    classes; if an example has no label, all count as unlabelled.
 
     Of a tar file that ends too early, or is damaged in the middle, the whole images before that
     place are read; a warning names the file.
@@ -245,10 +247,21 @@ def _opened(path: str) -> BinaryIO:
     return open(path, "rb", buffering=0)  # closed when it leaves the cache
 
 
+def _read_range(path: str, start: int, end: int) -> bytes:
+    if object_store.object_url(path):
+        return object_store.read(path, start, end)
+    file = _opened(path)  # held by this name: it must not be closed meanwhile
+    return os.pread(file.fileno(), end - start, start)
+
+
 def _cached_index(path: str) -> TarIndex:
     """Return the index of one shard, from the cache where it is known."""
-    status = os.stat(path)
-    cache = index_file("tar-", path, status.st_size, status.st_mtime_ns, _INDEX_VERSION)
+    if object_store.object_url(path):
+        identity: tuple[object, ...] = (object_store.version(path),)
+    else:
+        status = os.stat(path)
+        identity = (status.st_size, status.st_mtime_ns)
+    cache = index_file("tar-", path, *identity, _INDEX_VERSION)
     known = None if cache is None else _read_cache(cache)
     if known is not None:
         return known
@@ -279,14 +292,17 @@ def read_index(path: str) -> TarIndex:
     Raises:
         ValueError: it is compressed or no tar file, or a label is not an integer.
     """
-    with open(path, "rb") as file:
+    remote = object_store.object_url(path)
+    with object_store.opened(path, _REMOTE_BLOCK) if remote else open(path, "rb") as file:
         _refuse_compressed(file, path)
-        groups = _Groups(path, os.fstat(file.fileno()).st_size)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        groups = _Groups(path, size)
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 while (member := tar.next()) is not None:
                     tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
-                    groups.add(member, file.fileno())
+                    groups.add(member, file)
                 end = tar.offset
         except tarfile.ReadError as error:
             if not groups.members:
@@ -294,8 +310,13 @@ def read_index(path: str) -> TarIndex:
             end = None
         # Past the last member, tar files have blocks of zeros; where tarfile stopped before
         # anything else, it met what it could not read.
-        whole = end is not None and not any(os.pread(file.fileno(), _BLOCK, end))
+        whole = end is not None and not any(_read_at(file, _BLOCK, end))
     return groups.index(damaged=not whole)
+
+
+def _read_at(file: BinaryIO, size: int, offset: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)
 
 
 def _refuse_compressed(file: BinaryIO, path: str) -> None:
@@ -324,7 +345,7 @@ class _Groups:
         self._label_counts: list[int] = []
         self._kinds: set[bool] = set()  # whether a label is a list
 
-    def add(self, member: tarfile.TarInfo, file: int) -> None:
+    def add(self, member: tarfile.TarInfo, file: BinaryIO) -> None:
         self.members += 1
         folder, name = os.path.split(member.name)
         if not member.isreg() or name.startswith("."):
@@ -341,7 +362,7 @@ class _Groups:
         if suffix in IMAGE_SUFFIXES and self._image is None:
             self._image = place
         elif suffix in (".cls", ".json"):
-            text = os.pread(file, member.size, member.offset_data)
+            text = _read_at(file, member.size, member.offset_data)
             self._set_label(_label(text, suffix, f"{self._path}/{member.name}"))
 
     def _set_label(self, label: int | list[int] | None) -> None:
