@@ -16,18 +16,16 @@ float32 round-off.
 
 import argparse
 import collections
-import dataclasses
 import json
 import os
 import random
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -36,36 +34,14 @@ from mim_jax import config as configs
 from mim_jax.training.checkpoints import FOLDER, checkpoint_steps, read_variables
 from mim_jax.training.interruption import EXIT_INTERRUPTED
 from mim_jax.training.tree import flatten
+from tests.training.rounds import Rounds, Topology
 from tests.training.runs import TINY, losses_of
 
 FAULTS = ("kill", "terminate", "kill while saving", "flip", "cut", "delete")
 DAMAGES = ("flip", "cut", "delete")
 
-SECONDS_TO_END = 120
-"""After a fault all processes of a round must be gone within it, or it counts as a hang."""
-
 LOSS_TOLERANCE = 1e-3
 """Relative, of losses where the topology changed."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Topology:
-    """Where a round runs."""
-
-    processes: int = 1
-    devices: int = 1
-    strategy: str = "replicated"
-
-    @property
-    def fields(self) -> dict[str, object]:
-        """What it sets in the config."""
-        total = self.processes * self.devices
-        sharded = self.strategy != "replicated"
-        return {
-            "sharding.strategy": self.strategy,
-            "mesh.data": 1 if sharded else total,
-            "mesh.fsdp": total if sharded else 1,
-        }
 
 
 TOPOLOGIES = (
@@ -77,13 +53,6 @@ TOPOLOGIES = (
 )
 
 
-def free_port() -> int:
-    """A port that no one listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
 class Soak:
     """One disturbed run.
 
@@ -92,64 +61,32 @@ class Soak:
     """
 
     def __init__(self, folder: Path, steps: int, seed: int, change: bool) -> None:
+        settings = {
+            "steps": steps,
+            "log.every_steps": 1,
+            "checkpoint.every_steps": 5,
+            "checkpoint.keep": 3,
+        }
         self.folder, self.steps = folder, steps
+        self.rounds = Rounds(folder, {**TINY, **settings})
         self.chance = random.Random(seed)
         self.change = change
         self.counts: collections.Counter[str] = collections.Counter()
         self.run = folder / "disturbed"
 
-    def start(self, run: Path, topology: Topology) -> list[subprocess.Popen[bytes]]:
-        """Starts the processes of a round."""
-        settings = {
-            **TINY,
-            "steps": self.steps,
-            "log.every_steps": 10,
-            "checkpoint.every_steps": 5,
-            "checkpoint.keep": 3,
-            **topology.fields,
-        }
-        command = [sys.executable, "-m", "mim_jax", "train", "--config=mae:tiny"]
-        command += [f"--workdir={run}"]
-        command += [f"--config.{name}={value}" for name, value in settings.items()]
-        if topology.processes > 1:
-            command += [f"--coordinator=localhost:{free_port()}"]
-            command += [f"--num_processes={topology.processes}"]
-        environment = {
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={topology.devices}",
-        }
-        processes = []
-        for number in range(topology.processes):
-            own = [f"--process_id={number}"] if topology.processes > 1 else []
-            with open(self.folder / f"process_{number}.log", "ab") as log:
-                processes.append(
-                    subprocess.Popen([*command, *own], env=environment, stdout=log, stderr=log)
-                )
-        return processes
-
-    def finish(self, run: Path, topology: Topology) -> None:
-        """Runs to the end, undisturbed."""
-        for process in self.start(run, topology):
-            code = process.wait(timeout=1800)
-            if code:
-                raise AssertionError(f"ended with {code}; see {self.folder}/process_*.log")
-
     def round(self, topology: Topology) -> None:
         """Starts the run, and lets one fault happen."""
         fault = self.chance.choice(FAULTS)
-        processes = self.start(self.run, topology)
+        processes = self.rounds.start(self.run, topology)
         self._wait_for_moment(processes, fault == "kill while saving")
-        if all(process.poll() is not None for process in processes):
-            codes = [process.returncode for process in processes]
+        if not any(process.is_alive() for process in processes):
+            codes = [process.exitcode for process in processes]
             if any(codes):
                 raise AssertionError(f"ended with {codes} without a fault; see process_*.log")
             return
         victim = self.chance.choice(processes)
-        victim.send_signal(signal.SIGTERM if fault == "terminate" else signal.SIGKILL)
-        codes = self._ended(processes)
+        os.kill(victim.pid, signal.SIGTERM if fault == "terminate" else signal.SIGKILL)
+        codes = self.rounds.ended(processes)
         # Before the first step, or after the last, SIGTERM ends a process as usual.
         if fault == "terminate" and not set(codes) <= {0, EXIT_INTERRUPTED, -signal.SIGTERM, 1}:
             raise AssertionError(f"ended with {codes} after SIGTERM")
@@ -157,7 +94,7 @@ class Soak:
             fault = "kill"
         self.counts[fault] += 1
 
-    def _wait_for_moment(self, processes: Sequence[subprocess.Popen[bytes]], saving: bool) -> None:
+    def _wait_for_moment(self, processes: Sequence[BaseProcess], saving: bool) -> None:
         """Sleeps until a random moment of start-up or of the steps, or the middle of a save."""
         logged, deadline = self._steps_logged(), time.monotonic() + 300
         if not saving and self.chance.random() < 0.2:
@@ -170,25 +107,11 @@ class Soak:
             return self._steps_logged() > logged
 
         while not reached() and time.monotonic() < deadline:
-            if all(process.poll() is not None for process in processes):
+            if not any(process.is_alive() for process in processes):
                 return
             time.sleep(0.005)
         if not saving:
             time.sleep(self.chance.uniform(0, 0.5))
-
-    def _ended(self, processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
-        """Waits until all are gone, as a launcher would see to it, and returns their codes."""
-        deadline = time.monotonic() + SECONDS_TO_END
-        for process in processes:
-            try:
-                process.wait(timeout=max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                for other in processes:
-                    other.kill()
-                raise AssertionError(
-                    f"a process still ran {SECONDS_TO_END} s after the fault"
-                ) from None
-        return [process.returncode for process in processes]
 
     def _steps_logged(self) -> int:
         return max(losses_of(self.run), default=0) if self._has_metrics() else 0
@@ -202,10 +125,13 @@ class Soak:
         if len(steps) < 2:
             return False
         folder = self.run / FOLDER / str(steps[-1])
-        if not list(folder.glob("checksums.*.json")):
+        sealed: dict[str, list[int]] = {}
+        for path in folder.glob("checksums.*.json"):
+            sealed |= json.loads(path.read_text())
+        names = sorted(name for name, (size, _) in sealed.items() if size)
+        if not names:
             return False
-        names = json.loads((folder / "checksums.0.json").read_text())
-        path = folder / self.chance.choice(sorted(name for name in names if names[name][0]))
+        path = folder / self.chance.choice(names)
         content = bytearray(path.read_bytes())
         if kind == "delete":
             path.unlink()
@@ -226,7 +152,7 @@ class Soak:
             print(f"{self.counts.total()} faults, step {self._steps_logged()}", flush=True)
             if self._steps_logged() >= self.steps:
                 raise AssertionError(f"the run ended after {self.counts.total()} faults; set steps")
-        self.finish(self.run, topology)
+        self.rounds.finish(self.run, topology)
         return topology
 
     def compare(self, topology: Topology) -> None:
@@ -236,7 +162,7 @@ class Soak:
             AssertionError: if they differ by more than they may.
         """
         whole = self.folder / "whole"
-        self.finish(whole, topology)
+        self.rounds.finish(whole, topology)
         losses, expected_losses = losses_of(self.run), losses_of(whole)
         assert losses.keys() == expected_losses.keys()
         expected = flatten(read_variables(whole)[0])
