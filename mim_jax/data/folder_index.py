@@ -46,7 +46,7 @@ class PackedNames:
         terminated: uint8, all names, each with a zero byte behind it.
     """
 
-    def __init__(self, terminated: bytes | np.ndarray) -> None:
+    def __init__(self, terminated: bytes | memoryview | np.ndarray) -> None:
         """Take all names, each with a zero byte behind it, which no file name can hold."""
         self.terminated = np.frombuffer(terminated, np.uint8)
         self._ends = np.flatnonzero(self.terminated == 0)
@@ -57,9 +57,9 @@ class PackedNames:
     def __getitem__(self, index: int) -> bytes:
         return self.terminated[self._start(index) : self._ends[index]].tobytes()
 
-    def part(self, first: int, stop: int) -> bytes:
-        """Return the names from `first` to before `stop`, each with its zero byte."""
-        return self.terminated[self._start(first) : self._start(stop)].tobytes()
+    def part(self, first: int, stop: int) -> memoryview:
+        """Return the names from `first` to before `stop`, each with its zero byte, uncopied."""
+        return self.terminated[self._start(first) : self._start(stop)].data
 
     def _start(self, index: int) -> int:
         return int(self._ends[index - 1]) + 1 if index else 0
@@ -109,7 +109,7 @@ def index_folder(root: pathlib.Path) -> FolderIndex:
     known = {} if cache is None else _read_listings(cache, root)
     listings = _listings(os.fsencode(root), known)
     names = PackedNames(b"".join(listing.files for listing in listings.values()))
-    counts = [listing.files.count(b"\0") for listing in listings.values()]
+    counts = [len(PackedNames(listing.files)) for listing in listings.values()]
     first = np.cumsum([0, *counts], dtype=np.int64)
     folders = PackedNames(b"".join(folder + b"\0" for folder in listings))
     index = FolderIndex(folders, names, first)
@@ -139,7 +139,7 @@ class _Listing:
     """
 
     times: tuple[int, int]
-    files: bytes
+    files: bytes | memoryview
     folders: list[bytes]
 
 

@@ -1,4 +1,4 @@
-"""The files of a sharded data set: from a folder, a glob, braces, or `name@8`."""
+"""The files of a sharded data set: from a folder, a glob, braces, `name@8`, or a list of them."""
 
 import difflib
 import fnmatch
@@ -8,12 +8,17 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from mim_jax import object_store
+
+LIST_SUFFIX = ".txt"
+"""Of a file that lists shards."""
 
 WHOLE = ("train", "all")
 """What the split of a data set is called that is not parted into splits."""
 
+_THREADS_LOOKING = 16  # a network disk answers one question in a millisecond
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _COUNT = re.compile(r"@(\d+)(?=\.|$)")
@@ -34,7 +39,12 @@ def shard_paths(
     - `*`, `?`, `[abc]`: what is there, in the order of the names;
     - `{split}`: the split that is asked for.
 
-    It may begin with `gs://` or `s3://`, and then has `*`, `?` and `[abc]` in its last part only.
+    A file `*.txt` lists shards, one such path a line, relative to the folder of the list or
+    absolute, and in the order of the lines; empty lines and those that begin with `#` are passed
+    over. The list and its shards are files of this machine.
+
+    A pattern may begin with `gs://` or `s3://`, and then has `*`, `?` and `[abc]` in its last part
+    only.
 
     Without `{split}`, the split is the sub-folder of that name. If there is none, all shards
     together are the split `train` (or `all`).
@@ -49,7 +59,8 @@ def shard_paths(
         kind: of the shards, for messages: `ArrayRecord` or `tar`.
 
     Raises:
-        FileNotFoundError: no shard, some shards missing, or no such split.
+        FileNotFoundError: no shard, some shards missing, or no such split; of a list, it names the
+            line.
         ValueError: braces that are not understood.
     """
     parted = "{split}" in pattern
@@ -64,6 +75,8 @@ def shard_paths(
         if not found:
             raise FileNotFoundError(_empty_folder_message(path, kind))
         _check_whole(found)
+    elif path.suffix == LIST_SUFFIX and path.is_file():
+        found = _listed(path, kind)
     else:
         found = _matching(str(path), kind)
     if not parted and split not in WHOLE:
@@ -73,6 +86,29 @@ def shard_paths(
             "take slices: 'train[:90%]' for training and 'train[90%:]' for the rest"
         )
     return tuple(name if url else os.path.abspath(name) for name in found)
+
+
+def _listed(file: pathlib.Path, kind: str) -> list[str]:
+    """Return the shards that the lines of a file name.
+
+    Raises:
+        FileNotFoundError: a line that names no shard, or no such line at all.
+        ValueError: braces that are not understood.
+    """
+    lines = [(number, line.strip()) for number, line in enumerate(file.read_text().split("\n"), 1)]
+    lines = [(number, line) for number, line in lines if line and not line.startswith("#")]
+    if not lines:
+        raise FileNotFoundError(f"{file} lists no {kind} shard; write one path a line")
+
+    def matching(numbered: tuple[int, str]) -> list[str]:
+        number, line = numbered
+        try:
+            return _matching(str(file.parent / pathlib.Path(line).expanduser()), kind)
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"{file}, line {number}: {error}") from error
+
+    with ThreadPoolExecutor(_THREADS_LOOKING) as pool:
+        return [path for paths in pool.map(matching, lines) for path in paths]
 
 
 def _matching(pattern: str, kind: str) -> list[str]:

@@ -33,6 +33,7 @@ from mim_jax.data.tfds_source import open_tfds
 
 # Slices of files are taken of this order, the same in every run.
 _SLICE_SEED = 0
+_AT_ONCE = 2**18
 _FULL_RANGE_16_OVER_8 = 257  # 65535 / 255
 
 _VALID_NAMES = (
@@ -208,8 +209,8 @@ def open_source(
     PATH, PATTERN and FOLDER may begin with `gs://` or `s3://`. Tar shards, and ArrayRecord shards
     at gs://, are read where they are; other files are copied first, see `mim_jax.data.local_copy`.
 
-    A PATTERN is a folder, a glob, `name-{000..127}.tar` or `name@8`, see
-    `mim_jax.data.shards.shard_paths`.
+    A PATTERN is a folder, a glob, `name-{000..127}.tar`, `name@8` or a text file that lists shards,
+    see `mim_jax.data.shards.shard_paths`.
 
     A split is a name with an optional slice as in TFDS: `train`, `test`, `train[:90%]`,
     `train[100:200]`, `train[-10%:]`. Files are often sorted by class, so slices of folders and
@@ -328,9 +329,11 @@ def _open_in_memory(name: str, split: str, channels: int | None, bits: int) -> S
 def _slice(source: Source, split: str, bounds: tuple[str, str]) -> Source:
     """Return a slice of a source of files, of its shuffled order but sorted for reading."""
     selected = slice_of(split, bounds, len(source))
-    positions = np.arange(selected.start, selected.stop, dtype=np.int64)
-    shuffled = permuted_indices(positions, len(source), _SLICE_SEED, epoch=0)
-    name, indices = f"{source.name}:{split}", np.sort(shuffled)
+    is_in = np.zeros(len(source), bool)
+    for start in range(selected.start, selected.stop, _AT_ONCE):  # of millions, a few at a time
+        positions = np.arange(start, min(start + _AT_ONCE, selected.stop), dtype=np.int64)
+        is_in[permuted_indices(positions, len(source), _SLICE_SEED, epoch=0)] = True
+    name, indices = f"{source.name}:{split}", np.flatnonzero(is_in)
     if isinstance(source, TableSource):
         return source.subset(indices, name)
     return SubsetSource(source, name, indices)
