@@ -81,7 +81,10 @@ def _train(arguments: list[str]) -> int:
     values = flags.FlagValues()
     define_config(values, arguments)
     flags.DEFINE_string(
-        "workdir", None, "Folder of the run; by default runs/CONFIG.", flag_values=values
+        "workdir",
+        None,
+        "Folder of the run, or its URL at gs:// or s3://; by default runs/CONFIG.",
+        flag_values=values,
     )
     flags.DEFINE_string(
         "init_from",
@@ -164,7 +167,7 @@ def _default_workdir(config_name: str) -> Path:
 
 def _evaluate(arguments: list[str]) -> int:
     values = flags.FlagValues()
-    flags.DEFINE_string("run", None, "Folder of a run.", flag_values=values)
+    flags.DEFINE_string("run", None, "Folder of a run, or its URL.", flag_values=values)
     flags.DEFINE_integer("step", None, "Checkpoint; the newest by default.", flag_values=values)
     flags.DEFINE_list(
         "protocol",
@@ -230,7 +233,7 @@ def _plan(arguments: list[str]) -> int:
 
 def _visualize(arguments: list[str]) -> int:
     values = flags.FlagValues()
-    flags.DEFINE_string("run", None, "Folder of a run.", flag_values=values)
+    flags.DEFINE_string("run", None, "Folder of a run, or its URL.", flag_values=values)
     flags.DEFINE_integer("step", None, "Checkpoint; the newest by default.", flag_values=values)
     flags.DEFINE_string("output", None, "Folder for the pictures.", flag_values=values)
     flags.DEFINE_string("data", None, "Data in place of the run's.", flag_values=values)
@@ -312,7 +315,7 @@ def _convert(arguments: list[str]) -> int:
 
 def _replay(arguments: list[str]) -> int:
     values = flags.FlagValues()
-    flags.DEFINE_string("run", None, "Folder of a run.", flag_values=values)
+    flags.DEFINE_string("run", None, "Folder of a run, or its URL.", flag_values=values)
     flags.DEFINE_integer(
         "step",
         None,

@@ -176,6 +176,10 @@ class Checkpoints:
         self._manager.reload()
         return target
 
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that are kept."""
+        return list(self._manager.all_steps())
+
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()

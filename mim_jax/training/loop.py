@@ -137,6 +137,7 @@ def train(
         interruption = stack.enter_context(Interruption(experiment.mesh))
         checkpoints = Checkpoints(place.checkpoints, config)
         stack.callback(checkpoints.close)
+        place.follow(checkpoints.steps)
         damaged = checkpoints.drop_damaged()
         first_step = checkpoints.latest_step() or 0
         log = stack.enter_context(
@@ -206,9 +207,7 @@ class _Run:
             state = self._state(first_step, first_batch)
             if first_step < total:
                 state = self._steps(state, first_step, first_batch, host_batches)
-                self.save(state, total)
-        self.watchdog.at("writing the last checkpoint")
-        self.checkpoints.wait()
+                self._save_last(state, total)
         self.interruption.release()  # all is saved: from here on a signal may simply end the run
         with self.watchdog.patient("evaluating"):
             self._pictures(state, total)
@@ -375,12 +374,23 @@ class _Run:
 
     def _leave(self, state: TrainState, step: int) -> None:
         """Saves and raises, after a signal."""
-        self.save(state, step)
-        self.checkpoints.wait()
+        self._save_last(state, step)
         raise Interrupted(
             f"{self.interruption.requested} at step {step}: everything is saved in "
             f"{self.place.name}; start the same command again to go on"
         )
+
+    def _save_last(self, state: TrainState, step: int) -> None:
+        """Saves, and returns when it is on disk: there is no later checkpoint to make up for it."""
+        self.save(state, step)
+        self.watchdog.at("writing the last checkpoint")
+        self.checkpoints.wait()
+        newest = self.checkpoints.latest_step()
+        if newest != step:
+            raise SaveFailed(
+                f"the checkpoint of step {step} could not be written, see the last warning; the "
+                f"last one saved is step {newest}. Start the same command again to go on from it"
+            )
 
     def save(self, state: TrainState, step: int, scores: dict[str, float] | None = None) -> None:
         """Starts to write a checkpoint, once everything up to its step is in the log."""

@@ -14,6 +14,7 @@ import logging
 import shutil
 import tempfile
 import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 
@@ -58,6 +59,7 @@ class RunFolder:
         self.name: Path | str = self._url or Path(where)
         self.local = Path(where)
         self.checkpoints: Path | str = self.local
+        self._kept: Callable[[], Iterable[int]] | None = None
         self._sent: dict[str, tuple[int, int]] = {}
         self._sent_checkpoints: dict[int, set[str]] = {}
         self._lock = threading.Lock()
@@ -90,7 +92,9 @@ class RunFolder:
             place = f"{self._url}/{FOLDER}/{step}"
             object_store.download(place, parts, self.local / FOLDER / str(step))
             self._sent_checkpoints[step] = parts - {COMMITTED}
-        self._remove_checkpoints(set(complete))
+        for step, parts in checkpoints_among(names).items():
+            if step not in complete:
+                object_store.remove(f"{self._url}/{FOLDER}/{step}", sorted(parts))
 
     def __enter__(self) -> "RunFolder":
         if self._url and jax.process_index() == 0:
@@ -103,6 +107,16 @@ class RunFolder:
         if self._url is None:
             return path
         return f"{self._url}/{path.relative_to(self.local).as_posix()}"
+
+    def follow(self, kept: Callable[[], Iterable[int]]) -> None:
+        """Removes checkpoints from `s3://` that are no longer among those that are kept.
+
+        That a folder is gone is not enough: something may clear away old temporary files.
+
+        Args:
+            kept: gives the steps, at any time and from any thread.
+        """
+        self._kept = kept
 
     def keep(self, *, strict: bool = False) -> None:
         """Brings logs and pictures in the store up to date.
@@ -192,9 +206,10 @@ class RunFolder:
             if parts.keys() - self._sent_checkpoints.get(step, set()):
                 self._send_checkpoint(step, parts)
                 changed = True
-        kept = set(checkpoint_steps(self.local))
-        if changed or self._sent_checkpoints.keys() - kept:
-            self._remove_checkpoints(kept)
+        if self._kept is not None:
+            kept = set(self._kept())
+            if changed or self._sent_checkpoints.keys() - kept:
+                self._remove_checkpoints(kept)
 
     def _send_checkpoint(self, step: int, parts: dict[str, Path]) -> None:
         folder, place = self.local / FOLDER / str(step), f"{self._url}/{FOLDER}/{step}"

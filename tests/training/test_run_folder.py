@@ -1,6 +1,7 @@
 """Runs in object stores."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -123,10 +124,29 @@ def test_what_was_cut_off_is_not_a_checkpoint(s3):
     assert object_store.files(url) == {"config.json": 2, "metrics.jsonl": 4}
 
 
-def test_a_store_that_fails_warns_meanwhile_and_keeps_the_files_at_the_end(s3, caplog, monkeypatch):
+def test_checkpoints_that_vanish_here_stay_in_the_bucket(s3):
+    url = f"{s3}/runs/vanish"
+    with RunFolder(url) as place:
+        for step in (1, 2, 3):
+            (place.local / "checkpoints" / str(step)).mkdir(parents=True)
+            (place.local / "checkpoints" / str(step) / "part").write_text("x")
+    steps = [1, 2, 3]
+    assert checkpoint_steps(url) == steps
+    with RunFolder(url) as place:
+        place.follow(lambda: steps)
+        shutil.rmtree(place.local / "checkpoints" / "1")
+        steps.remove(2)
+    assert checkpoint_steps(url) == [1, 3]
+    assert not any(name.startswith("checkpoints/2/") for name in object_store.files(url))
+
+
+def test_a_store_that_fails_warns_meanwhile_and_keeps_the_files_at_the_end(
+    s3, caplog, tmp_path, monkeypatch
+):
     def failing(url, data):
         raise OSError("the network is down")
 
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     place = RunFolder(f"{s3}/runs/failing")
     with pytest.raises(OSError, match="the network is down") as raised, place:
         (place.local / "metrics.jsonl").write_text("line")
