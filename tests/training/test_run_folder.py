@@ -1,6 +1,7 @@
 """Runs in object stores."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from mim_jax import object_store
 from mim_jax.cli import main
 from mim_jax.conversion.initial import read_donor
 from mim_jax.evaluation.run import evaluate_run
-from mim_jax.training.checkpoints import checkpoint_steps, read_variables
+from mim_jax.training.checkpoints import checkpoint_steps, local_run
 from mim_jax.training.replay import replay
 from mim_jax.training.run_folder import RunFolder
 from mim_jax.training.tree import flatten
@@ -20,6 +21,11 @@ from tests import object_stores
 from tests.training.runs import TINY, run
 
 SCHEMES = ("gs", "s3")
+
+OFTEN = {
+    "checkpoint.every_steps": 2,
+    "log.tensorboard": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -60,56 +66,60 @@ def losses_at(url):
     return {line["step"]: line["loss"] for line in map(json.loads, lines)}
 
 
-def test_a_run_in_a_bucket_that_is_cut_off_ends_as_a_local_one(bucket, local):
+def test_a_run_in_a_bucket_that_is_cut_off_ends_as_a_local_one(bucket, local, monkeypatch):
+    monkeypatch.setattr("mim_jax.training.run_folder.SECONDS_BETWEEN_UPLOADS", 0.05)
     url = f"{bucket}/runs/whole"
     with pytest.raises(Stop):
-        run(url, on_step=stop_after_4)
-    assert checkpoint_steps(url) == [3]
+        run(url, on_step=stop_after_4, **OFTEN)
+    assert checkpoint_steps(url) == [2]
     assert min(losses_at(url)) == 1
 
-    result, output = run(url)
-    assert "resumed from step 3" in output
-    expected, folder = local
-    assert checkpoint_steps(url) == [3, 6]
+    result, output = run(url, **OFTEN)
+    assert "resumed from step 2" in output
     assert result.folder == url
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    assert losses_at(url) == {(line := json.loads(text))["step"]: line["loss"] for text in lines}
-    variables, about = read_variables(url)
-    assert about["method"] == "mae"
-    for path, value in flatten(expected.state.variables).items():
-        np.testing.assert_array_equal(flatten(variables)[path], np.asarray(value), path)
-
-
-def test_checkpoints_that_are_not_kept_leave_the_bucket_and_commands_read_the_rest(
-    s3, local, tmp_path, monkeypatch
-):
-    url = f"{s3}/runs/commands"
-    monkeypatch.setattr("mim_jax.training.run_folder.SECONDS_BETWEEN_UPLOADS", 0.05)
-    changes = {"checkpoint.every_steps": 2, "log.pictures_every_steps": 6, "log.tensorboard": True}
-    result, _ = run(url, **changes)
     assert checkpoint_steps(url) == [4, 6]
     names = object_store.files(url)
-    assert not any(name.startswith("checkpoints/2/") for name in names)
-    assert any(name.startswith("tensorboard/") for name in names)
-    assert object_store.read(str(result.picture)).startswith(b"\x89PNG")
-    assert not any(name.startswith("damaged") or name.endswith(".tmp") for name in names)
+    assert not any(name.startswith(("checkpoints/2/", "damaged")) for name in names)
+    assert not any(name.endswith(".tmp") for name in names)
+    assert sum(name.startswith("tensorboard/") for name in names) == 2
 
+    expected, folder = local
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert losses_at(url) == {(line := json.loads(text))["step"]: line["loss"] for text in lines}
+    donor = read_donor(url, None)
+    for path, value in flatten(expected.state.variables).items():
+        np.testing.assert_array_equal(donor.variables[path], np.asarray(value), path)
+    with local_run(url, lambda steps: steps[:1]) as copy:
+        assert checkpoint_steps(copy) == [4]
+        assert (copy / "metrics.jsonl").is_file()
+
+
+@pytest.mark.skipif(
+    os.environ.get("MIM_JAX_LONG_TESTS") != "1",
+    reason="compiles many programs: set MIM_JAX_LONG_TESTS=1",
+)
+def test_commands_read_a_run_in_a_bucket_and_write_one(bucket, tmp_path):
+    url = f"{bucket}/runs/commands"
+    result, _ = run(url, **OFTEN, **{"log.pictures_every_steps": 6})
+    assert object_store.read(str(result.picture)).startswith(b"\x89PNG")
     report = replay(url, 6, output=tmp_path / "batch.png")
     assert (report.start, report.first_difference) == (4, None)
-    with pytest.raises(ValueError, match="name the --output"):
-        replay(url, 6)
     rows = evaluate_run(url, protocols=["knn"], baselines=False)
     assert 0 < rows["trained"]["knn"] <= 1
-    donor = read_donor(url, None)
-    for path, value in flatten(local[0].state.variables).items():
-        np.testing.assert_array_equal(donor.variables[path], np.asarray(value), path)
+    assert main(["visualize", f"--run={url}", f"--output={tmp_path}", "--rows=2"]) == 0
     assert main(["convert", f"--run={url}", f"--output={tmp_path / 'a.safetensors'}"]) == 0
-    into = f"{s3}/runs/imported"
+    into = f"{bucket}/runs/imported"
     command = ["convert", f"--input={tmp_path / 'a.safetensors'}", f"--output={into}"]
     fields = {k: v for k, v in TINY.items() if k.startswith("model.")}
     config = [f"--config.{field}={value}" for field, value in fields.items()]
     assert main([*command, "--config=mae:tiny", *config]) == 0
     assert checkpoint_steps(into) == [0]
+    assert main([*command, "--config=mae:tiny", *config]) == 1  # it is there already
+
+
+def test_replay_wants_to_know_where_its_picture_goes(s3):
+    with pytest.raises(ValueError, match="name the --output"):
+        replay(f"{s3}/runs/whole", 6)
 
 
 def test_what_was_cut_off_is_not_a_checkpoint(s3):
