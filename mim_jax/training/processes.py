@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -48,6 +49,11 @@ SLURM_VARIABLES = (
 """All of them are set where `srun` started the process, and only some in a job's shell."""
 
 OPEN_MPI_VARIABLE = "OMPI_MCA_orte_hnp_uri"
+
+_OF_A_LOST_PROCESS = re.compile(
+    r"gloo|nccl|heartbeat|coordination|barrier|connection (closed|reset)|unavailable", re.IGNORECASE
+)
+"""In errors of JAX when a process with which it exchanges something is gone."""
 
 MOST_ROWS = 64
 """Of the table; more processes than this are told in sum."""
@@ -165,6 +171,12 @@ def leaving_at_once() -> Iterator[None]:
         if os.environ.get("MIM_JAX_TRACEBACK"):
             traceback.print_exc()
         text = str(error) or type(error).__name__
+        if _OF_A_LOST_PROCESS.search(text):
+            text += (
+                "\nAnother process of this run has probably ended; the log of the one that ended "
+                "first says why. Start all of them again with the same command: the run goes on "
+                "from its last checkpoint."
+            )
         print(f"error: process {jax.process_index()}: {text}", file=sys.stderr)
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

@@ -79,9 +79,9 @@ class Rounds:
         self.server = multiprocessing.get_context("forkserver")
         self.server.set_forkserver_preload(["mim_jax.cli", "mim_jax.training.loop", __name__])
 
-    def start(self, run: Path, topology: Topology) -> list[BaseProcess]:
-        """Starts the processes of a round."""
-        settings = {**self.settings, **topology.fields}
+    def start(self, run: Path, topology: Topology, **changes: object) -> list[BaseProcess]:
+        """Starts the processes of a round; `changes` are more config fields."""
+        settings = {**self.settings, **topology.fields, **changes}
         arguments = ["train", "--config=mae:tiny", f"--workdir={run}"]
         arguments += [f"--config.{name}={value}" for name, value in settings.items()]
         if topology.processes > 1:

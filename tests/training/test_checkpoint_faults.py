@@ -112,7 +112,10 @@ def test_training_goes_on_while_the_disk_is_full_and_saves_when_it_is_not(small_
     assert_same_end(small_disk / "run", whole)
 
 
-def test_a_full_disk_at_the_end_is_an_error_that_names_the_last_checkpoint(small_disk):
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_full_disk_at_the_end_is_an_error_that_names_the_last_checkpoint(
+    small_disk, asynchronous
+):
     space = shutil.disk_usage(small_disk).free
 
     def on_step(step):
@@ -120,5 +123,5 @@ def test_a_full_disk_at_the_end_is_an_error_that_names_the_last_checkpoint(small
             (small_disk / "ballast").write_bytes(bytes(space - 600 * 2**10))
 
     with pytest.raises(SaveFailed, match=r"step 6 could not be written.*last one saved is step 3"):
-        run(small_disk / "run", on_step=on_step)
+        run(small_disk / "run", on_step=on_step, **{"checkpoint.asynchronous": asynchronous})
     read_variables(small_disk / "run", 3)
