@@ -1,4 +1,8 @@
-"""Programs that are compared with reference numbers are compiled as users' are."""
+"""Programs that are compared with reference numbers are compiled with optimizations.
+
+They still fuse by the emitters of the other tests, since a process has one choice; by those that
+users have with `XLA_FLAGS=--xla_cpu_use_fusion_emitters=true python -m pytest tests/golden`.
+"""
 
 import jax
 import pytest

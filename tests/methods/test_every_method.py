@@ -63,6 +63,8 @@ OWN = {
         "model.depth": 4,
         "model.taps": (0, 1, 2),
         "model.feature_size": 2,
+        "batch_size": 4,
+        "schedule.warmup_epochs": 0.125,
     },
     "maskalign": {"model.depth": 4},  # the teacher's: layers are paired
     "vec2face": {"model.discriminator_start": 0},

@@ -22,17 +22,18 @@ SECONDS = 0.004  # for each slow image: many times what a tiny one takes
 class SlowSource(ArraySource):
     """Images in memory that take their time, in a stage or in none."""
 
-    def __init__(self, name=None, wait=time.sleep):
+    def __init__(self, name=None, wait=time.sleep, seconds=SECONDS):
         super().__init__("slow", np.zeros((64, 28, 28, 1), np.uint8))
         self.stage_name = name
         self.wait = wait
+        self.seconds = seconds
 
     def __getitem__(self, index):
         if self.stage_name is None:
-            self.wait(SECONDS)
+            self.wait(self.seconds)
         else:
             with stage(self.stage_name):
-                self.wait(SECONDS)
+                self.wait(self.seconds)
         return super().__getitem__(index)
 
 
@@ -199,7 +200,8 @@ def run_with(folder, monkeypatch, source, steps=40):
 
 def test_log_says_that_reading_limits_once(tmp_path, monkeypatch):
     monkeypatch.setattr(bottleneck, "ENOUGH_SECONDS", 0.2)
-    notes = run_with(tmp_path, monkeypatch, SlowSource("read"))
+    source = SlowSource("read", seconds=0.05)  # many times a step, also on a busy machine
+    notes = run_with(tmp_path, monkeypatch, source)
     assert len(notes) == 1 and "reading files limits" in notes[0]
     assert metrics_of(tmp_path)[40]["data_wait"] > 0.1
 
@@ -209,7 +211,7 @@ def test_log_says_that_the_transfer_limits(tmp_path, monkeypatch):
     put = DeviceFeed._put
 
     def slow_put(self, batch):
-        time.sleep(0.03)
+        time.sleep(0.05)
         return put(self, batch)
 
     monkeypatch.setattr(DeviceFeed, "_put", slow_put)
