@@ -4,7 +4,6 @@ Each verb is a thin call into a library function that a notebook can call as wel
 """
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from mim_jax import __version__, cli_generate
+from mim_jax import __version__, cli_generate, cli_plan
 from mim_jax import config as configs
 from mim_jax.cli_data import data_verb
 from mim_jax.cli_flags import (
@@ -36,6 +35,7 @@ mim-jax: masked image modelling in JAX and Flax
   mim-jax replay   --run DIR --step 1200               what happened in one step of a run
   mim-jax verify   --config mae:tiny                   does it train here as it should?
   mim-jax inspect  --config mae:vit_l16                parameters, sharding, bytes, FLOPs
+  mim-jax plan     --config mae:vit_l16 --chip v5p --mesh data=64,fsdp=8   does it fit, how fast?
   mim-jax convert  --run DIR --output mae.pth          official checkpoint from a run
   mim-jax convert  --run DIR --output DIR2 --format hf-mae   for transformers; timm, hf-vit, ...
   mim-jax convert  --config mae:vit_b16 --input mae.pth --output DIR   and back, from any of them
@@ -81,7 +81,10 @@ def _train(arguments: list[str]) -> int:
     values = flags.FlagValues()
     define_config(values, arguments)
     flags.DEFINE_string(
-        "workdir", None, "Folder of the run; by default runs/CONFIG.", flag_values=values
+        "workdir",
+        None,
+        "Folder of the run, or its URL at gs:// or s3://; by default runs/CONFIG.",
+        flag_values=values,
     )
     flags.DEFINE_string(
         "init_from",
@@ -100,6 +103,13 @@ def _train(arguments: list[str]) -> int:
     )
     flags.DEFINE_integer("num_processes", None, "With --coordinator.", flag_values=values)
     flags.DEFINE_integer("process_id", None, "With --coordinator.", flag_values=values)
+    flags.DEFINE_integer(
+        "start_timeout",
+        300,
+        "Seconds to wait until all processes have come.",
+        lower_bound=1,
+        flag_values=values,
+    )
     flags.DEFINE_string(
         "data", None, "Data to train on: short for --config.data.source.", flag_values=values
     )
@@ -111,21 +121,36 @@ def _train(arguments: list[str]) -> int:
         config.data.source = values.data
     folder = Path(values.workdir or _default_workdir(values.config_name))
     _start_jax()
+    console = Console()
+    is_main = True
     if values.distributed or values.coordinator:
-        import jax
+        from mim_jax.training.processes import start_processes
 
-        jax.distributed.initialize(values.coordinator, values.num_processes, values.process_id)
-        # JAX would only take note of SIGTERM; until the loop listens, it shall end the process.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        started = start_processes(
+            values.coordinator,
+            values.num_processes,
+            values.process_id,
+            timeout=values.start_timeout,
+        )
+        is_main = started is not None
+        if started:
+            table, warnings = started
+            console.print(table)
+            for warning in warnings:
+                console.print(f"[yellow]warning: {warning}[/]", soft_wrap=True)
     from mim_jax.training.interruption import EXIT_INTERRUPTED, Interrupted
     from mim_jax.training.loop import train
+    from mim_jax.training.processes import leaving_at_once
 
-    console = Console()
     try:
-        result = train(config, folder, console=console)
+        with leaving_at_once():
+            result = train(config, folder, console=console)
     except Interrupted as stop:
-        console.print(str(stop), soft_wrap=True)
+        if is_main:
+            console.print(str(stop), soft_wrap=True)
         return EXIT_INTERRUPTED
+    if not is_main:
+        return 0
     if result.evaluation:
         console.print(score_table(result.evaluation))
     if result.picture:
@@ -142,7 +167,7 @@ def _default_workdir(config_name: str) -> Path:
 
 def _evaluate(arguments: list[str]) -> int:
     values = flags.FlagValues()
-    flags.DEFINE_string("run", None, "Folder of a run.", flag_values=values)
+    flags.DEFINE_string("run", None, "Folder of a run, or its URL.", flag_values=values)
     flags.DEFINE_integer("step", None, "Checkpoint; the newest by default.", flag_values=values)
     flags.DEFINE_list(
         "protocol",
@@ -192,9 +217,23 @@ def _inspect(arguments: list[str]) -> int:
     return 0
 
 
+def _plan(arguments: list[str]) -> int:
+    values = flags.FlagValues()
+    define_config(values, arguments)
+    cli_plan.define_flags(values)
+    config = parse(values, "plan", arguments)
+    assert config is not None
+    require(values, "plan", "chip")
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the tables show what XLA would warn of
+    _start_jax()
+    cli_plan.plan(values, config)
+    return 0
+
+
 def _visualize(arguments: list[str]) -> int:
     values = flags.FlagValues()
-    flags.DEFINE_string("run", None, "Folder of a run.", flag_values=values)
+    flags.DEFINE_string("run", None, "Folder of a run, or its URL.", flag_values=values)
     flags.DEFINE_integer("step", None, "Checkpoint; the newest by default.", flag_values=values)
     flags.DEFINE_string("output", None, "Folder for the pictures.", flag_values=values)
     flags.DEFINE_string("data", None, "Data in place of the run's.", flag_values=values)
@@ -276,7 +315,7 @@ def _convert(arguments: list[str]) -> int:
 
 def _replay(arguments: list[str]) -> int:
     values = flags.FlagValues()
-    flags.DEFINE_string("run", None, "Folder of a run.", flag_values=values)
+    flags.DEFINE_string("run", None, "Folder of a run, or its URL.", flag_values=values)
     flags.DEFINE_integer(
         "step",
         None,
@@ -333,6 +372,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "evaluate": _evaluate,
     "inspect": _inspect,
+    "plan": _plan,
     "generate": _generate,
     "convert": _convert,
     "visualize": _visualize,

@@ -198,6 +198,10 @@ def defaults() -> ml_collections.ConfigDict:
                 # Metric of the evaluation whose best checkpoint is kept; "" keeps none.
                 best_metric="",
                 asynchronous=True,
+                # Write checksums of its files into each checkpoint, which reads them once more.
+                checksums=True,
+                # Stop after so many checkpoints in a row that could not be written.
+                max_failed=10,
             ),
             log=dict(
                 every_steps=50,
@@ -205,6 +209,13 @@ def defaults() -> ml_collections.ConfigDict:
                 pictures_every_steps=0,
                 tensorboard=True,
                 wandb=False,
+                # Without a sign of life for so long, the run prints what all its threads are at,
+                # again and again, and goes on; 0 turns it off.
+                watchdog_seconds=1800.0,
+                # Then ends itself with exit code 70, for a scheduler that starts it again; 0 never
+                # does. Should be well above the time of a step, a save and a restore; compilation
+                # and evaluation may take longer.
+                watchdog_exit_seconds=0.0,
             ),
             evaluate=dict(
                 # Evaluate at this interval; 0 evaluates at the end only.

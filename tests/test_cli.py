@@ -108,6 +108,7 @@ def test_help_of_a_verb_lists_its_flags(capsys, verb, flag):
         "train": "workdir",
         "evaluate": "protocol",
         "inspect": "devices",
+        "plan": "chip",
         "convert": "output",
         "visualize": "rows",
         "data": "source",

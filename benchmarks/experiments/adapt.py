@@ -117,11 +117,10 @@ def main(arguments: list[str] | None = None) -> int:
             "export.formats": (),
         }
         start = {"init_from": str(checkpoint)}
-        run = train(
-            configs.load("mae:adapt", {**changes, **start}), options.workdir / f"adapted{seed}"
-        )
-        add("adapted", {**run.evaluation["trained"], **final_loss(run.folder)})
-        config = configs.from_json((run.folder / "config.json").read_text())
+        folder = options.workdir / f"adapted{seed}"
+        run = train(configs.load("mae:adapt", {**changes, **start}), folder)
+        add("adapted", {**run.evaluation["trained"], **final_loss(folder)})
+        config = configs.from_json((folder / "config.json").read_text())
         experiment = Experiment.on_one_device(config)
         state = experiment.initial_state(experiment.batch_shapes())
         state, _ = initialize_from(str(checkpoint), experiment.method, state)
@@ -131,10 +130,9 @@ def main(arguments: list[str] | None = None) -> int:
         decoder = ("decoder_width", "decoder_depth", "decoder_heads")
         same = {f"model.{name}": config.model[name] for name in (*sizes, *decoder)}
         same["data.image_size"] = config.data.image_size
-        run = train(
-            configs.load("mae:adapt", {**changes, **same}), options.workdir / f"scratch{seed}"
-        )
-        add("from scratch", {**run.evaluation["trained"], **final_loss(run.folder)})
+        folder = options.workdir / f"scratch{seed}"
+        run = train(configs.load("mae:adapt", {**changes, **same}), folder)
+        add("from scratch", {**run.evaluation["trained"], **final_loss(folder)})
         add("untrained", run.evaluation["untrained"])
         add("raw pixels", run.evaluation["raw pixels"])
         settings = configs.leaves(config)

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ import numpy as np
 from mim_jax import config as configs
 from mim_jax.conversion.weights import read_weights
 from mim_jax.method import Method, method_class, variable_shapes
-from mim_jax.training.checkpoints import FOLDER, read_variables
+from mim_jax.training.checkpoints import is_run, read_variables
 from mim_jax.training.state import TrainState, start_ema
 from mim_jax.training.tree import differences, flatten, unflatten
 
@@ -53,9 +52,9 @@ def read_donor(path: str, method: Method) -> Donor:
         FileNotFoundError: if there is nothing at the path.
         ValueError: if a file is of another kind or holds another model; says all that differs.
     """
-    if not (Path(path) / FOLDER).is_dir():
+    if not is_run(path):
         return _donor_from_weights(path, method)
-    variables, about = read_variables(Path(path))
+    variables, about = read_variables(path)
     config = configs.resolve(configs.from_json(about["config"]), "cpu")
     return Donor(path, method_class(about["method"]).build(config), flatten(variables))
 

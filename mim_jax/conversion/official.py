@@ -14,6 +14,7 @@ from mim_jax.method import method_class
 from mim_jax.training.checkpoints import Checkpoints, checkpoint_steps, read_variables
 from mim_jax.training.derived import complete_from_weights
 from mim_jax.training.experiment import Experiment
+from mim_jax.training.run_folder import RunFolder
 
 
 def export_run(run: Path, output: Path, format: str = "official", step: int | None = None) -> str:
@@ -66,10 +67,11 @@ def import_checkpoint(config: ml_collections.ConfigDict, source: Path, run: Path
     state, more = initialize_from(str(source), experiment.method, state)
     config = configs.resolve(config, jax.default_backend())
     # Opened last, since it creates the folder: a file that does not fit leaves nothing behind.
-    with contextlib.closing(Checkpoints(run, config)) as checkpoints:
-        if checkpoints.latest_step() is not None:
-            raise ValueError(f"{run} holds checkpoints already; choose another --output.")
-        checkpoints.save(state, 0)
-        checkpoints.wait()
-    (run / "config.json").write_text(configs.to_json(config))
-    return "\n".join([*notes, *more, f"wrote the run {run}"])
+    with RunFolder(run) as place:
+        with contextlib.closing(Checkpoints(place.checkpoints, config)) as checkpoints:
+            if checkpoints.latest_step() is not None:
+                raise ValueError(f"{run} holds checkpoints already; choose another --output.")
+            checkpoints.save(state, 0)
+            checkpoints.wait()
+        (place.local / "config.json").write_text(configs.to_json(config))
+    return "\n".join([*notes, *more, f"wrote the run {place.name}"])

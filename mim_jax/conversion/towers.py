@@ -24,7 +24,7 @@ from mim_jax.models.text import TextTower
 from mim_jax.models.tower import FAMILIES, TOWERS, Tower, build_tower
 from mim_jax.models.transformer import Transformer, restacked
 from mim_jax.models.vit import VIT_SIZES, ViT
-from mim_jax.training.checkpoints import FOLDER, read_variables
+from mim_jax.training.checkpoints import is_run, read_variables
 from mim_jax.training.tree import flatten
 
 PACKAGED = {"tiny": Path(__file__).parent / "assets" / "tiny_tower.safetensors"}
@@ -82,8 +82,8 @@ def read_tower(
         ValueError: if the weights are of no known kind; or missing, too many or wrongly shaped,
             with the full list.
     """
-    if (Path(path) / FOLDER).is_dir():
-        return _read_run(Path(path))
+    if is_run(path):
+        return _read_run(path)
     found = _find(path, given or {})
     settings = found.settings
     if not projection:
@@ -112,10 +112,7 @@ def settings_of(path: str, given: Mapping[str, Any] | None = None) -> dict[str, 
         ValueError: if the weights are of no known kind.
     """
     given = given or {}
-    if (Path(path) / FOLDER).is_dir():
-        settings = _run_settings(*_opened(Path(path)))
-    else:
-        settings = _find(path, given).settings
+    settings = _run_settings(*_opened(path)) if is_run(path) else _find(path, given).settings
     patch, size = settings["patch_size"], tuple(given.get("image_size", ()))
     wanted = bool(size) and size != settings["image_size"] and not _published(given, settings)
     if not wanted:
@@ -491,7 +488,7 @@ def _numbers(family: str, about: Mapping[str, Any], given: Mapping[str, Any]) ->
     return found
 
 
-def _opened(run: Path) -> tuple[ViT, ml_collections.ConfigDict, dict[str, np.ndarray], str]:
+def _opened(run: str) -> tuple[ViT, ml_collections.ConfigDict, dict[str, np.ndarray], str]:
     """Encoder, config, parameters by path and method of a run."""
     variables, about = read_variables(run)
     config = configs.resolve(configs.from_json(about["config"]), "cpu")
@@ -501,7 +498,7 @@ def _opened(run: Path) -> tuple[ViT, ml_collections.ConfigDict, dict[str, np.nda
     return encoder, config, flatten(variables["params"]), about["method"]
 
 
-def _read_run(run: Path) -> tuple[Tower, dict[str, np.ndarray]]:
+def _read_run(run: str) -> tuple[Tower, dict[str, np.ndarray]]:
     """The encoder of a run as a tower. A norm of the mean of the patches is its final norm."""
     opened = _opened(run)
     tower = _built(_run_settings(*opened))

@@ -3,7 +3,8 @@
 A record is a msgpack map: `image` (the bytes of an image file), optionally `label` (an integer, or
 a list of integers where an example may have several) and `name` (where the image came from).
 Beside the shards lies a manifest, `dataset.json`, with the classes and the shards of each split;
-`mim-jax data convert` writes both. Shards without a manifest can be read too.
+`mim-jax data convert` writes both. Shards without a manifest can be read too, and shards of several
+folders, named by a list or a pattern, each folder with its manifest or without.
 """
 
 import functools
@@ -17,8 +18,11 @@ from typing import Any
 
 import msgpack
 import numpy as np
+from etils import epath
 
+from mim_jax import object_store
 from mim_jax.data.decode import UnreadableImage, check_channels, choose_backend
+from mim_jax.data.local_copy import local_copy, path_of_copy
 from mim_jax.data.records import Record, decoded
 from mim_jax.data.shards import shard_paths
 from mim_jax.data.stages import stage
@@ -31,7 +35,8 @@ MAX_OPEN_SHARDS = 128
 # Random access: no read-ahead, and no threads of its own.
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 _READER_BUFFER = 32768
-_THREADS_COUNTING = 16
+_THREADS = 16  # that look for shards and count their records
+_CLASSES = ("class_names", "num_classes", "multi_label")
 _SHARD_NAME = re.compile(r".*\.array_record(-\d{5}-of-\d{5})?")
 
 
@@ -119,7 +124,8 @@ def open_array_record(
     labelled as their records are, and `num_classes` is None: evaluation needs a manifest.
 
     Args:
-        pattern: a folder with a manifest, or shards as `mim_jax.data.shards.shard_paths` has it.
+        pattern: a folder with a manifest, or shards as `mim_jax.data.shards.shard_paths` has it. At
+            gs://, records are read by ranges of bytes.
         split: a split name without slice.
         channels: of the decoded images; None for 3.
         bits: 8 or 16, of the decoded images.
@@ -127,27 +133,29 @@ def open_array_record(
 
     Raises:
         FileNotFoundError: no such folder or shard, some shards missing, or no such split.
-        ValueError: a file that is not an ArrayRecord file, or a damaged manifest.
+        ValueError: a file that is not an ArrayRecord file, a damaged manifest, or shards of folders
+            whose classes differ.
     """
     channels = 3 if channels is None else channels
     check_channels(channels)
-    folder = pathlib.Path(pattern).expanduser()
+    folder = _place(pattern)
     class_counts = None
     if (folder / MANIFEST).is_file():
-        described = _described_split(folder, split)
-        paths = tuple(str(folder.absolute() / shard["file"]) for shard in described["shards"])
+        told = read_manifest(folder / MANIFEST)
+        described = _described_split(told, folder, split)
+        known = {str(folder / shard["file"]): shard["examples"] for shard in described["shards"]}
+        paths = tuple(str(folder / shard["file"]) for shard in described["shards"])
         class_counts = described.get("class_counts")
         _check_there(paths, folder / MANIFEST)
     else:
         _refuse_tfds_folder(folder)
         paths = shard_paths(pattern, split, is_shard_name, "ArrayRecord")
-    beside = pathlib.Path(paths[0]).parent / MANIFEST
-    manifest = read_manifest(beside) if beside.is_file() else None
+        known, told = _told_beside(paths)
     return ArrayRecordSource(
         name=f"array_record:{pattern}" + ("" if split == "train" else f":{split}"),
         paths=paths,
-        counts=_counts(paths, manifest),
-        classes=manifest or {},
+        counts=_counts(paths, known),
+        classes=told,
         channels=channels,
         bits=bits,
         backend=choose_backend(backend),
@@ -155,12 +163,43 @@ def open_array_record(
     )
 
 
+def array_record_copy(pattern: str, split: str) -> str:
+    """Copy the shards of a split in an object store, and return the pattern of the copies.
+
+    Args:
+        pattern: as for `open_array_record`, at a URL.
+        split: a split name without slice.
+
+    Raises:
+        FileNotFoundError: no such folder or shard, some shards missing, or no such split.
+        OSError: see `mim_jax.data.local_copy.local_copy`.
+    """
+    folder = _place(pattern)
+    if (folder / MANIFEST).exists():
+        shards = _described_split(read_manifest(folder / MANIFEST), folder, split)["shards"]
+        wanted = [str(folder / name) for name in (MANIFEST, *(shard["file"] for shard in shards))]
+    else:
+        wanted = list(shard_paths(pattern, split, is_shard_name, "ArrayRecord"))
+        beside = _place(wanted[0]).parent / MANIFEST
+        wanted += [str(beside)] if beside.exists() else []
+    local_copy(wanted)
+    return path_of_copy(str(folder))
+
+
+def _place(path: str) -> pathlib.Path | epath.Path:
+    """Return an absolute path by which to look and read, here or in an object store."""
+    if url := object_store.object_url(path):
+        object_store.file_system(url)  # which tells what is not installed
+        return epath.Path(url)
+    return pathlib.Path(path).expanduser().absolute()
+
+
 def is_shard_name(name: str) -> bool:
     """Return whether a file of this name is taken for an ArrayRecord shard."""
     return _SHARD_NAME.fullmatch(name) is not None and not name.startswith(".")
 
 
-def read_manifest(path: pathlib.Path) -> dict[str, Any]:
+def read_manifest(path: pathlib.Path | epath.Path) -> dict[str, Any]:
     """Return a manifest.
 
     Returns:
@@ -192,15 +231,23 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
     return manifest
 
 
-def _described_split(folder: pathlib.Path, split: str) -> dict[str, Any]:
-    splits = read_manifest(folder / MANIFEST)["splits"]
+def _described_split(
+    manifest: dict[str, Any], folder: pathlib.Path | epath.Path, split: str
+) -> dict[str, Any]:
+    splits = manifest["splits"]
     if split not in splits:
         raise FileNotFoundError(f"{folder} has no split {split!r}; it has {', '.join(splits)}")
     return splits[split]
 
 
-def _check_there(paths: Sequence[str], manifest: pathlib.Path) -> None:
-    missing = [path for path in paths if not os.path.isfile(path)]
+def _check_there(paths: Sequence[str], manifest: pathlib.Path | epath.Path) -> None:
+    if url := object_store.object_url(str(manifest.parent)):
+        names = object_store.files(url)
+        there = [path.removeprefix(f"{url}/") in names for path in paths]
+    else:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            there = list(pool.map(os.path.isfile, paths))
+    missing = [path for path, is_there in zip(paths, there, strict=True) if not is_there]
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(paths)} shards that {manifest} lists are missing, the first "
@@ -208,19 +255,39 @@ def _check_there(paths: Sequence[str], manifest: pathlib.Path) -> None:
         )
 
 
-def _counts(paths: Sequence[str], manifest: dict[str, Any] | None) -> list[int]:
-    """Return the number of records of each shard, from the manifest or else from the files."""
-    described = {
-        shard["file"]: shard["examples"]
-        for split in (manifest["splits"].values() if manifest else ())
-        for shard in split["shards"]
-    }
+def _told_beside(paths: Sequence[str]) -> tuple[dict[str, int], dict[str, Any]]:
+    """Return what manifests in the folders of shards tell: examples by path, and the classes.
+
+    Raises:
+        ValueError: a damaged manifest, or folders whose classes differ.
+    """
+    examples: dict[str, int] = {}
+    classes: dict[str, dict[str, Any]] = {}
+    for folder in dict.fromkeys(map(os.path.dirname, paths)):
+        file = _place(folder) / MANIFEST
+        told = read_manifest(file) if file.is_file() else {"splits": {}}
+        classes[folder] = {key: told.get(key) or None for key in _CLASSES}
+        for split in told["splits"].values():
+            for shard in split["shards"]:
+                examples[os.path.join(folder, shard["file"])] = shard["examples"]
+    first, *others = classes
+    for other in others:
+        if classes[other] != classes[first]:
+            raise ValueError(
+                f"the shards in {first} and in {other} have different classes, as {MANIFEST} there "
+                "tells, or only one has such a file; convert them together by 'mim-jax data "
+                f"convert', or mix them: 'mix:1*array_record:{first}+1*array_record:{other}'"
+            )
+    return examples, classes[first]
+
+
+def _counts(paths: Sequence[str], known: dict[str, int]) -> list[int]:
+    """Return the number of records of each shard, where it is not known from the file."""
 
     def count(path: str) -> int:
-        known = described.get(os.path.basename(path))
-        return _opened(path).num_records() if known is None else known
+        return known[path] if path in known else _opened(path).num_records()
 
-    with ThreadPoolExecutor(_THREADS_COUNTING) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(count, paths))
 
 
@@ -231,7 +298,7 @@ def _opened(path: str) -> Any:
     reader = ArrayRecordReader(path, _READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER)
     if reader.ok():
         return reader
-    if not os.path.isfile(path):
+    if not _place(path).exists():
         raise FileNotFoundError(f"the shard {path} is no longer there")
     raise ValueError(f"{path} is not a whole ArrayRecord file; make it again")
 
@@ -262,7 +329,7 @@ def _unpacked(data: bytes, place: str) -> Record:
     )
 
 
-def _refuse_tfds_folder(folder: pathlib.Path) -> None:
+def _refuse_tfds_folder(folder: pathlib.Path | epath.Path) -> None:
     if (folder / "features.json").is_file() and (folder / "dataset_info.json").is_file():
         raise ValueError(
             f"{folder} was written by TensorFlow Datasets; its folder is "

@@ -40,22 +40,26 @@ _log = logging.getLogger(__name__)
 
 
 class PackedNames:
-    """Many names as one buffer: small in memory, and to send to a worker process."""
+    """Many names as one buffer: small in memory, and shared by all worker processes.
 
-    def __init__(self, terminated: bytes) -> None:
+    Attributes:
+        terminated: uint8, all names, each with a zero byte behind it.
+    """
+
+    def __init__(self, terminated: bytes | memoryview | np.ndarray) -> None:
         """Take all names, each with a zero byte behind it, which no file name can hold."""
-        self.terminated = terminated
-        self._ends = np.flatnonzero(np.frombuffer(terminated, np.uint8) == 0)
+        self.terminated = np.frombuffer(terminated, np.uint8)
+        self._ends = np.flatnonzero(self.terminated == 0)
 
     def __len__(self) -> int:
         return len(self._ends)
 
     def __getitem__(self, index: int) -> bytes:
-        return self.terminated[self._start(index) : int(self._ends[index])]
+        return self.terminated[self._start(index) : self._ends[index]].tobytes()
 
-    def part(self, first: int, stop: int) -> bytes:
-        """Return the names from `first` to before `stop`, each with its zero byte."""
-        return self.terminated[self._start(first) : self._start(stop)]
+    def part(self, first: int, stop: int) -> memoryview:
+        """Return the names from `first` to before `stop`, each with its zero byte, uncopied."""
+        return self.terminated[self._start(first) : self._start(stop)].data
 
     def _start(self, index: int) -> int:
         return int(self._ends[index - 1]) + 1 if index else 0
@@ -105,7 +109,7 @@ def index_folder(root: pathlib.Path) -> FolderIndex:
     known = {} if cache is None else _read_listings(cache, root)
     listings = _listings(os.fsencode(root), known)
     names = PackedNames(b"".join(listing.files for listing in listings.values()))
-    counts = [listing.files.count(b"\0") for listing in listings.values()]
+    counts = [len(PackedNames(listing.files)) for listing in listings.values()]
     first = np.cumsum([0, *counts], dtype=np.int64)
     folders = PackedNames(b"".join(folder + b"\0" for folder in listings))
     index = FolderIndex(folders, names, first)
@@ -116,8 +120,8 @@ def index_folder(root: pathlib.Path) -> FolderIndex:
             cache,
             root,
             header=np.frombuffer(_header(root), np.uint8),
-            folders=np.frombuffer(folders.terminated, np.uint8),
-            names=np.frombuffer(names.terminated, np.uint8),
+            folders=folders.terminated,
+            names=names.terminated,
             first=first,
             times=times,
         )
@@ -135,7 +139,7 @@ class _Listing:
     """
 
     times: tuple[int, int]
-    files: bytes
+    files: bytes | memoryview
     folders: list[bytes]
 
 
@@ -229,7 +233,7 @@ def _unpacked_listings(
     folders: np.ndarray, names: np.ndarray, first: np.ndarray, times: np.ndarray
 ) -> dict[bytes, _Listing]:
     listings: dict[bytes, _Listing] = {}
-    all_names = PackedNames(names.tobytes())
+    all_names = PackedNames(names)
     rows = zip(first[:-1].tolist(), first[1:].tolist(), times.tolist(), strict=True)
     for folder, (start, stop, (mtime, ctime)) in zip(
         folders.tobytes().split(b"\0")[:-1], rows, strict=True

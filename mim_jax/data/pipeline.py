@@ -12,6 +12,7 @@ import numpy as np
 from absl import flags
 
 from mim_jax.data.decode import UnreadableImage
+from mim_jax.data.one_copy import OneCopy
 from mim_jax.data.order import (
     Order,
     RowGenerators,
@@ -86,8 +87,9 @@ def train_batches(
         workers: 0 reads in threads of this process, which is right for data in memory and often
             enough for images, since the decoders release Python's lock. Above 0, that many
             Grain worker processes are started (spawned: a script must guard its entry by
-            `if __name__ == "__main__"`), each with `threads` threads. They hand batches over in
-            shared memory, of which containers often have only 64 MB: start those with a larger
+            `if __name__ == "__main__"`), each with `threads` threads. All of them share one copy
+            of the source's index (`mim_jax.data.one_copy`). They hand batches over in shared
+            memory, of which containers often have only 64 MB: start those with a larger
             `--shm-size`, for `workers * (2 * prefetch + 2) + 1` batches.
         threads: batches in the making at once, in each worker process; None for one per CPU core
             up to 8, or 1 with worker processes.
@@ -412,7 +414,9 @@ def _read(
         prefetch = max(2, threads)
     if prefetch < 1:
         raise ValueError(f"prefetch must be at least 1, got {prefetch}")
-    batches = grain.MapDataset.range(steps.start, steps.stop).map(make_batch)
+    # Each worker process would hold its own copy of the source's index twice: with its pickle.
+    given = OneCopy(make_batch) if workers else make_batch
+    batches = grain.MapDataset.range(steps.start, steps.stop).map(given)
     reading = batches.to_iter_dataset(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
     )

@@ -1,15 +1,24 @@
-"""The files of a sharded data set: from a folder, a glob, braces, or `name@8`."""
+"""The files of a sharded data set: from a folder, a glob, braces, `name@8`, or a list of them."""
 
 import difflib
+import fnmatch
+import functools
 import glob
 import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from mim_jax import object_store
+
+LIST_SUFFIX = ".txt"
+"""Of a file that lists shards."""
 
 WHOLE = ("train", "all")
 """What the split of a data set is called that is not parted into splits."""
 
+_THREADS_LOOKING = 16  # a network disk answers one question in a millisecond
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _COUNT = re.compile(r"@(\d+)(?=\.|$)")
@@ -30,6 +39,13 @@ def shard_paths(
     - `*`, `?`, `[abc]`: what is there, in the order of the names;
     - `{split}`: the split that is asked for.
 
+    A file `*.txt` lists shards, one such path a line, relative to the folder of the list or
+    absolute, and in the order of the lines; empty lines and those that begin with `#` are passed
+    over. The list and its shards are files of this machine.
+
+    A pattern may begin with `gs://` or `s3://`, and then has `*`, `?` and `[abc]` in its last part
+    only.
+
     Without `{split}`, the split is the sub-folder of that name. If there is none, all shards
     together are the split `train` (or `all`).
 
@@ -43,18 +59,24 @@ def shard_paths(
         kind: of the shards, for messages: `ArrayRecord` or `tar`.
 
     Raises:
-        FileNotFoundError: no shard, some shards missing, or no such split.
+        FileNotFoundError: no shard, some shards missing, or no such split; of a list, it names the
+            line.
         ValueError: braces that are not understood.
     """
-    path = pathlib.Path(pattern.replace("{split}", split)).expanduser()
     parted = "{split}" in pattern
-    if path.is_dir():
+    url = object_store.object_url(pattern.replace("{split}", split))
+    path = pathlib.Path(pattern.replace("{split}", split)).expanduser()
+    if url:
+        found, parted = _remote(url, None if parted else split, is_shard, kind)
+    elif path.is_dir():
         if not parted and (path / split).is_dir():
             path, parted = path / split, True
         found = sorted(str(path / name) for name in os.listdir(path) if is_shard(name))
         if not found:
             raise FileNotFoundError(_empty_folder_message(path, kind))
         _check_whole(found)
+    elif path.suffix == LIST_SUFFIX and path.is_file():
+        found = _listed(path, kind)
     else:
         found = _matching(str(path), kind)
     if not parted and split not in WHOLE:
@@ -63,7 +85,30 @@ def shard_paths(
             "shards of each split into a sub-folder of its name, write {split} into the path, or "
             "take slices: 'train[:90%]' for training and 'train[90%:]' for the rest"
         )
-    return tuple(os.path.abspath(name) for name in found)
+    return tuple(name if url else os.path.abspath(name) for name in found)
+
+
+def _listed(file: pathlib.Path, kind: str) -> list[str]:
+    """Return the shards that the lines of a file name.
+
+    Raises:
+        FileNotFoundError: a line that names no shard, or no such line at all.
+        ValueError: braces that are not understood.
+    """
+    lines = [(number, line.strip()) for number, line in enumerate(file.read_text().split("\n"), 1)]
+    lines = [(number, line) for number, line in lines if line and not line.startswith("#")]
+    if not lines:
+        raise FileNotFoundError(f"{file} lists no {kind} shard; write one path a line")
+
+    def matching(numbered: tuple[int, str]) -> list[str]:
+        number, line = numbered
+        try:
+            return _matching(str(file.parent / pathlib.Path(line).expanduser()), kind)
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"{file}, line {number}: {error}") from error
+
+    with ThreadPoolExecutor(_THREADS_LOOKING) as pool:
+        return [path for paths in pool.map(matching, lines) for path in paths]
 
 
 def _matching(pattern: str, kind: str) -> list[str]:
@@ -89,6 +134,48 @@ def _matching(pattern: str, kind: str) -> list[str]:
     if not found:
         raise FileNotFoundError(f"no {kind} shard matches {pattern!r}; check the path")
     return found
+
+
+def _remote(
+    url: str, split: str | None, is_shard: Callable[[str], bool], kind: str
+) -> tuple[list[str], bool]:
+    """Return the shards in an object store, and whether they are of the split alone.
+
+    Args:
+        url: a pattern, `{split}` replaced.
+        split: the sub-folder to look for; None to look for none.
+        is_shard: see `shard_paths`.
+        kind: see `shard_paths`.
+    """
+    below = list(object_store.files(url))
+    if below:
+        inner = [name for name in below if split and name.startswith(f"{split}/")]
+        names = [name.removeprefix(f"{split}/") for name in inner] or below
+        folder = f"{url}/{split}" if inner else url
+        found = [f"{folder}/{name}" for name in names if "/" not in name and is_shard(name)]
+        if not found:
+            raise FileNotFoundError(f"{folder} holds no {kind} shard; it holds {names[0]}")
+        _check_whole(found)
+        return found, split is None or bool(inner)
+    names_in = functools.cache(object_store.names_in)
+    named = [name for choice in _choices(url) for name in _numbered(choice)]
+    found, missing = [], list[str]()
+    for name in named:
+        folder, base = os.path.split(name)
+        if _GLOB_CHARACTERS.search(folder):
+            raise ValueError(f"{url}: '*', '?' and '[' may stand in the last part only")
+        if _GLOB_CHARACTERS.search(base):
+            matches = [f"{folder}/{other}" for other in fnmatch.filter(names_in(folder), base)]
+            _check_whole(matches)
+            found += matches
+        else:
+            (found if base in names_in(folder) else missing).append(name)
+    if missing:
+        message = f"{len(missing)} of {len(named)} {kind} shards are missing"
+        raise FileNotFoundError(f"{message}, the first is {missing[0]}")
+    if not found:
+        raise FileNotFoundError(f"no {kind} shard matches {url!r}; check the path")
+    return found, split is None
 
 
 def _choices(pattern: str) -> Iterator[str]:

@@ -8,11 +8,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mim_jax.data.array_record import MANIFEST, is_shard_name, open_array_record
+from mim_jax import object_store
+from mim_jax.data.array_record import (
+    MANIFEST,
+    array_record_copy,
+    is_shard_name,
+    open_array_record,
+)
 from mim_jax.data.decode import check_bits
 from mim_jax.data.embedded import read_embedded
 from mim_jax.data.fashion_mnist import CLASS_NAMES, read_fashion_mnist
 from mim_jax.data.folder import open_folder
+from mim_jax.data.local_copy import local_copy
 from mim_jax.data.mixture import open_mixture
 from mim_jax.data.nifti import open_nifti
 from mim_jax.data.order import permuted_indices
@@ -26,6 +33,7 @@ from mim_jax.data.tfds_source import open_tfds
 
 # Slices of files are taken of this order, the same in every run.
 _SLICE_SEED = 0
+_AT_ONCE = 2**18
 _FULL_RANGE_16_OVER_8 = 257  # 65535 / 255
 
 _VALID_NAMES = (
@@ -198,8 +206,11 @@ def open_source(
         mix:SHARE*SOURCE+SHARE*SOURCE, or mix:FILE.json: several sources with fixed shares, see
             `mim_jax.data.mixture`.
 
-    A PATTERN is a folder, a glob, `name-{000..127}.tar` or `name@8`, see
-    `mim_jax.data.shards.shard_paths`.
+    PATH, PATTERN and FOLDER may begin with `gs://` or `s3://`. Tar shards, and ArrayRecord shards
+    at gs://, are read where they are; other files are copied first, see `mim_jax.data.local_copy`.
+
+    A PATTERN is a folder, a glob, `name-{000..127}.tar`, `name@8` or a text file that lists shards,
+    see `mim_jax.data.shards.shard_paths`.
 
     A split is a name with an optional slice as in TFDS: `train`, `test`, `train[:90%]`,
     `train[100:200]`, `train[-10%:]`. Files are often sorted by class, so slices of folders and
@@ -228,6 +239,8 @@ def open_source(
     if kind == "mix":
         return open_mixture(text, split, functools.partial(open_source, **options))
     split_name, bounds = split_name_and_bounds(split)
+    if object_store.object_url(text):
+        text = _readable(kind, text, split_name)
     if kind in _OF_ONE_FORM:
         source = _OF_ONE_FORM[kind](text, split_name)
     else:
@@ -262,6 +275,8 @@ def _kind_and_text(name: str) -> tuple[str, str]:
     if colon and kind in _KINDS:
         return kind, text
     path = pathlib.Path(name).expanduser()
+    if object_store.object_url(name) and path.suffix != ".tar" and not is_shard_name(path.name):
+        raise ValueError(f"say what is in {name}: 'tar:URL', 'array_record:URL' or 'folder:URL'")
     if is_shard_name(path.name) or (path / MANIFEST).is_file():
         return "array_record", name
     if path.suffix == ".tar":
@@ -273,6 +288,27 @@ def _kind_and_text(name: str) -> tuple[str, str]:
     nearest = difflib.get_close_matches(name, (*_IN_MEMORY, *(f"{k}:" for k in _KINDS)), n=1)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     raise ValueError(f"unknown data source {name!r}; use {_VALID_NAMES}.{hint}")
+
+
+def _readable(kind: str, url: str, split: str) -> str:
+    """Return what a source in an object store is to be opened by: its URL, or that of a copy.
+
+    Raises:
+        ValueError: a source that is read from files of this machine only.
+    """
+    if kind == "tar" or (kind == "array_record" and url.startswith("gs:")):
+        return url
+    if kind == "folder":
+        return local_copy([url])[0]
+    if kind == "nifti":
+        folder, mark, options = url.partition("?")
+        return local_copy([folder])[0] + mark + options
+    if kind == "array_record":  # its library knows gs:// alone
+        return array_record_copy(url, split)
+    raise ValueError(
+        f"{kind}:{url} must be a file of this machine: copy it by 'gcloud storage cp -r' or 'aws "
+        "s3 cp --recursive', or mount the bucket by gcsfuse or mount-s3"
+    )
 
 
 def _open_in_memory(name: str, split: str, channels: int | None, bits: int) -> Source:
@@ -293,9 +329,11 @@ def _open_in_memory(name: str, split: str, channels: int | None, bits: int) -> S
 def _slice(source: Source, split: str, bounds: tuple[str, str]) -> Source:
     """Return a slice of a source of files, of its shuffled order but sorted for reading."""
     selected = slice_of(split, bounds, len(source))
-    positions = np.arange(selected.start, selected.stop, dtype=np.int64)
-    shuffled = permuted_indices(positions, len(source), _SLICE_SEED, epoch=0)
-    name, indices = f"{source.name}:{split}", np.sort(shuffled)
+    is_in = np.zeros(len(source), bool)
+    for start in range(selected.start, selected.stop, _AT_ONCE):  # of millions, a few at a time
+        positions = np.arange(start, min(start + _AT_ONCE, selected.stop), dtype=np.int64)
+        is_in[permuted_indices(positions, len(source), _SLICE_SEED, epoch=0)] = True
+    name, indices = f"{source.name}:{split}", np.flatnonzero(is_in)
     if isinstance(source, TableSource):
         return source.subset(indices, name)
     return SubsetSource(source, name, indices)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from mim_jax.data.decode import UnreadableImage, check_bits, check_channels, choose_backend
+from mim_jax.data.folder_index import PackedNames
 from mim_jax.data.records import Record, decoded
 from mim_jax.data.splits import SPLIT_SPELLINGS
 from mim_jax.data.stages import stage
@@ -147,14 +148,16 @@ class ImageFiles:
 
     Attributes:
         place: of the table, for messages.
-        paths: of the files; "" where the table gives none.
+        folder: that the names of the files are relative to.
+        names: of the files, as the table gives them; empty where it gives none.
         channels: of the decoded images.
         bits: of their samples, 8 or 16.
         backend: `opencv` or `pillow`.
     """
 
     place: str
-    paths: tuple[str, ...]
+    folder: str
+    names: PackedNames
     channels: int
     bits: int
     backend: str
@@ -167,7 +170,7 @@ class ImageFiles:
         """
         record = self.record(row)
         with stage("decode"):
-            element = decoded(record, self.paths[row], None, self.channels, self.bits, self.backend)
+            element = decoded(record, record["name"], None, self.channels, self.bits, self.backend)
         return element["image"]
 
     def record(self, row: int) -> Record:
@@ -176,9 +179,10 @@ class ImageFiles:
         Raises:
             UnreadableImage: the file cannot be read; names it.
         """
-        path = self.paths[row]
-        if not path:
+        name = os.fsdecode(self.names[row])
+        if not name:
             raise UnreadableImage(f"{self.place}: row {row + 1} of the split names no image")
+        path = os.path.join(self.folder, name)
         try:
             with stage("read"):
                 return {"image": pathlib.Path(path).read_bytes(), "name": path}
@@ -294,10 +298,20 @@ def open_table(
     if not is_kept:
         _keep(schema, file, options)
     folder = pathlib.Path(options.images).expanduser() if options.images else place.parent
-    names = frame[options.image].fillna("").astype(str)
-    paths = tuple(os.path.join(folder, name) if name else "" for name in names)
-    images = ImageFiles(str(place), paths, channels, bits, choose_backend(backend))
+    names = _packed(frame[options.image], place)
+    images = ImageFiles(str(place), str(folder), names, channels, bits, choose_backend(backend))
     return TableSource(f"table:{path_text}", split, schema, table, missing, labels, images)
+
+
+def _packed(column: "pd.Series", place: pathlib.Path) -> PackedNames:
+    """The names of the image files, empty where missing; a text for each would take 100 bytes."""
+    texts = column.fillna("").astype(str)
+    names = PackedNames(b"".join(os.fsencode(text) + b"\0" for text in texts))
+    if len(names) != len(column):
+        raise ValueError(
+            f"{place}: the column {column.name!r} has zero bytes in the names of files"
+        )
+    return names
 
 
 def _schema_file(path: pathlib.Path, options: TableOptions) -> pathlib.Path:

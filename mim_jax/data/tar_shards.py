@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from mim_jax import object_store
 from mim_jax.data.decode import UnreadableImage, check_channels, choose_backend
 from mim_jax.data.folder_index import IMAGE_SUFFIXES
 from mim_jax.data.index_cache import index_file, keep_index
@@ -34,6 +35,7 @@ MAX_OPEN_SHARDS = 128
 _INDEX_VERSION = 1
 _THREADS_INDEXING = 8
 _BLOCK = 512
+_REMOTE_BLOCK = 8 * 2**20  # of a shard in an object store, which is read whole to be indexed
 _NAME_LENGTH = 100  # in the header just before the image; of longer names, the beginning
 _COMPRESSED_STARTS = {
     b"\x1f\x8b": "gzip",
@@ -97,8 +99,7 @@ class TarSource:
         offset, size = int(self._index.offsets[index]), int(self._index.sizes[index])
         try:
             with stage("read"):
-                file = _opened(path)  # held by this name: it must not be closed meanwhile
-                data = os.pread(file.fileno(), _BLOCK + size, offset - _BLOCK)
+                data = _read_range(path, offset - _BLOCK, offset + size)
         except OSError as error:
             place = f"{path}, image at byte {offset}"
             raise UnreadableImage(f"{place}: {error.strerror or error}") from error
@@ -148,9 +149,10 @@ class TarIndex:
         """Return the label or labels of one example; None if the examples are unlabelled."""
         if self.num_classes is None:
             return None
+        if not self.multi_label:  # one each
+            return int(self.labels[index])
         end = int(self._label_ends[index])
-        labels = self.labels[end - int(self.label_counts[index]) : end].tolist()
-        return labels if self.multi_label else labels[0]
+        return self.labels[end - int(self.label_counts[index]) : end].tolist()
 
     def all_labels(self) -> np.ndarray | None:
         """Return int32 `[n]`, or uint8 `[n, num_classes]` if multi-label; None if unlabelled."""
@@ -173,8 +175,9 @@ def open_tar(
 
     The first time, all headers and labels are read (not the images), and the places of the images
     are kept where the lists of files in folders are (see `mim_jax.data.folder_index`), until a
-    shard changes its size or time. The largest label plus one is the number of classes; if an
-    example has no label, all count as unlabelled.
+    shard changes its size or time. A shard in an object store is read once from end to end for
+    that; images are then read by ranges of bytes. The largest label plus one is the number of
+    classes; if an example has no label, all count as unlabelled.
 
     Of a tar file that ends too early, or is damaged in the middle, the whole images before that
     place are read; a warning names the file.
@@ -194,12 +197,7 @@ def open_tar(
     channels = 3 if channels is None else channels
     check_channels(channels)
     paths = shard_paths(pattern, split, _is_shard_name, "tar")
-    with ThreadPoolExecutor(_THREADS_INDEXING) as pool:
-        indexes = list(pool.map(_cached_index, paths))
-    for path, index in zip(paths, indexes):
-        if index.damaged:
-            _log.warning("%s is cut off or damaged: only its first images are read", path)
-    joined = _joined(indexes, paths)
+    joined, ends = _index_of_all(paths)
     if len(joined.labels) and joined.num_classes is None:
         unlabelled = int((joined.label_counts < 0).sum())
         _log.warning("tar:%s: labels left out, for %d images have none", pattern, unlabelled)
@@ -211,7 +209,7 @@ def open_tar(
         name=f"tar:{pattern}" + ("" if split == "train" else f":{split}"),
         paths=paths,
         index=joined,
-        ends=np.cumsum([len(index.offsets) for index in indexes], dtype=np.int64),
+        ends=ends,
         channels=channels,
         bits=bits,
         backend=choose_backend(backend),
@@ -221,6 +219,29 @@ def open_tar(
 def _is_shard_name(name: str) -> bool:
     # Compressed ones are taken too, to be refused with a reason.
     return name.endswith((".tar", *_COMPRESSED_SUFFIXES)) and not name.startswith(".")
+
+
+def _index_of_all(paths: Sequence[str]) -> tuple[TarIndex, np.ndarray]:
+    """Return the index of all shards, and the examples up to the end of each, int64 `[shards]`.
+
+    Beside the index of each shard, that of all is kept: it is read ten times as fast.
+    """
+    with ThreadPoolExecutor(_THREADS_INDEXING) as pool:
+        identities = list(pool.map(_identity, paths))
+        cache = index_file("tars-", *identities, _INDEX_VERSION)
+        known = None if cache is None else _read_cache(cache)
+        if cache is not None and known is not None:
+            with np.load(cache) as stored:
+                return known, stored["ends"]
+        indexes = list(pool.map(_cached_index, paths, identities))
+    for path, index in zip(paths, indexes):
+        if index.damaged:
+            _log.warning("%s is cut off or damaged: only its first images are read", path)
+    joined = _joined(indexes, paths)
+    ends = np.cumsum([len(index.offsets) for index in indexes], dtype=np.int64)
+    if cache is not None and len(paths) > 1 and not joined.damaged:  # which is said each time
+        keep_index(cache, f"{paths[0]} and others", ends=ends, **dataclasses.asdict(joined))
+    return joined, ends
 
 
 def _joined(indexes: Sequence[TarIndex], paths: Sequence[str]) -> TarIndex:
@@ -244,10 +265,24 @@ def _opened(path: str) -> BinaryIO:
     return open(path, "rb", buffering=0)  # closed when it leaves the cache
 
 
-def _cached_index(path: str) -> TarIndex:
-    """Return the index of one shard, from the cache where it is known."""
+def _read_range(path: str, start: int, end: int) -> bytes:
+    if object_store.object_url(path):
+        return object_store.read(path, start, end)
+    file = _opened(path)  # held by this name: it must not be closed meanwhile
+    return os.pread(file.fileno(), end - start, start)
+
+
+def _identity(path: str) -> tuple[object, ...]:
+    """Return what changes when a shard does."""
+    if object_store.object_url(path):
+        return path, object_store.version(path)
     status = os.stat(path)
-    cache = index_file("tar-", path, status.st_size, status.st_mtime_ns, _INDEX_VERSION)
+    return path, status.st_size, status.st_mtime_ns
+
+
+def _cached_index(path: str, identity: tuple[object, ...]) -> TarIndex:
+    """Return the index of one shard, from the cache where it is known."""
+    cache = index_file("tar-", *identity, _INDEX_VERSION)
     known = None if cache is None else _read_cache(cache)
     if known is not None:
         return known
@@ -278,14 +313,17 @@ def read_index(path: str) -> TarIndex:
     Raises:
         ValueError: it is compressed or no tar file, or a label is not an integer.
     """
-    with open(path, "rb") as file:
+    remote = object_store.object_url(path)
+    with object_store.opened(path, _REMOTE_BLOCK) if remote else open(path, "rb") as file:
         _refuse_compressed(file, path)
-        groups = _Groups(path, os.fstat(file.fileno()).st_size)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        groups = _Groups(path, size)
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 while (member := tar.next()) is not None:
                     tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
-                    groups.add(member, file.fileno())
+                    groups.add(member, file)
                 end = tar.offset
         except tarfile.ReadError as error:
             if not groups.members:
@@ -293,8 +331,13 @@ def read_index(path: str) -> TarIndex:
             end = None
         # Past the last member, tar files have blocks of zeros; where tarfile stopped before
         # anything else, it met what it could not read.
-        whole = end is not None and not any(os.pread(file.fileno(), _BLOCK, end))
+        whole = end is not None and not any(_read_at(file, _BLOCK, end))
     return groups.index(damaged=not whole)
+
+
+def _read_at(file: BinaryIO, size: int, offset: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)
 
 
 def _refuse_compressed(file: BinaryIO, path: str) -> None:
@@ -323,7 +366,7 @@ class _Groups:
         self._label_counts: list[int] = []
         self._kinds: set[bool] = set()  # whether a label is a list
 
-    def add(self, member: tarfile.TarInfo, file: int) -> None:
+    def add(self, member: tarfile.TarInfo, file: BinaryIO) -> None:
         self.members += 1
         folder, name = os.path.split(member.name)
         if not member.isreg() or name.startswith("."):
@@ -340,7 +383,7 @@ class _Groups:
         if suffix in IMAGE_SUFFIXES and self._image is None:
             self._image = place
         elif suffix in (".cls", ".json"):
-            text = os.pread(file, member.size, member.offset_data)
+            text = _read_at(file, member.size, member.offset_data)
             self._set_label(_label(text, suffix, f"{self._path}/{member.name}"))
 
     def _set_label(self, label: int | list[int] | None) -> None:

@@ -1,11 +1,14 @@
 """Scores a finished or running run from its folder."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from mim_jax import config as configs
+from mim_jax import object_store
 from mim_jax.evaluation.classification import draw_confusion
 from mim_jax.evaluation.protocols import check_protocols, compare_with_baselines, evaluate
 from mim_jax.training.checkpoints import read_variables
@@ -13,7 +16,7 @@ from mim_jax.training.experiment import Experiment
 
 
 def evaluate_run(
-    run: Path,
+    run: Path | str,
     *,
     step: int | None = None,
     protocols: Sequence[str] | None = None,
@@ -26,7 +29,7 @@ def evaluate_run(
     The protocol "classification" also draws `pictures/confusion.png` in the run's folder.
 
     Args:
-        run: folder of the run.
+        run: folder of the run, or its URL.
         step: which checkpoint; the newest by default.
         protocols: see `mim_jax.evaluation.protocols`; None takes those of the run's config, or
             else k-NN and the linear probe.
@@ -49,11 +52,22 @@ def evaluate_run(
     if "classification" in protocols:
         picture = draw_confusion(experiment.method, variables, config)
         if picture is not None:
-            (run / "pictures").mkdir(exist_ok=True)
-            Image.fromarray(picture).save(run / "pictures" / "confusion.png")
+            _write_png(picture, run)
     if not baselines:
         return {"trained": evaluate(experiment.method, variables, config, protocols)}
     untrained = experiment.initial_state(experiment.batch_shapes()).variables
     return compare_with_baselines(
         experiment.method, variables, config, protocols, untrained_variables=untrained
     )
+
+
+def _write_png(picture: np.ndarray, run: Path | str) -> None:
+    """Draws `pictures/confusion.png` of a run."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG")
+    if url := object_store.object_url(run):
+        object_store.write(f"{url}/pictures/confusion.png", buffer.getvalue())
+        return
+    folder = Path(run) / "pictures"
+    folder.mkdir(exist_ok=True)
+    (folder / "confusion.png").write_bytes(buffer.getvalue())

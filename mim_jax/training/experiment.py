@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mim_jax import config as configs
 from mim_jax.data import (
@@ -35,6 +35,7 @@ from mim_jax.training import sharding, step
 from mim_jax.training.flops import count_flops
 from mim_jax.training.optimizer import Schedule, build_optimizer, build_schedules
 from mim_jax.training.state import TrainState, init_state
+from mim_jax.training.tree import map_with_path
 
 HostShapes = Mapping[str, Any]
 
@@ -147,6 +148,20 @@ class Experiment:
         images = {name: random_flip(rng, batch[name]) for name in PICTURES if name in batch}
         return self.normalized({**batch, **images})
 
+    def gathered(self, params: Any) -> Any:
+        """Parameters as the loss computes with them: whole along `fsdp`, whose devices have rows.
+
+        Without it XLA would rather cut the activations as the parameters are cut, and exchange
+        those, which takes many times as long.
+        """
+
+        def whole(path: str, leaf: jax.Array) -> jax.Array:
+            spec = sharding.partition_spec(f"params/{path}", leaf.shape, self.rules, self.mesh)
+            spec = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+            return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, spec))
+
+        return map_with_path(whole, params)
+
     def normalized(self, batch: Batch) -> Batch:
         """`prepare` without anything random."""
         data = self.config.data
@@ -183,7 +198,11 @@ class Experiment:
     def gradient(self) -> step.Gradient:
         """The gradient of a step alone, not yet compiled."""
         return step.make_gradient(
-            self.method, self.prepare, seed=self.config.seed, accumulate=self.config.accumulate
+            self.method,
+            self.prepare,
+            seed=self.config.seed,
+            accumulate=self.config.accumulate,
+            gather=self.gathered,
         )
 
     def calibrated(self, state: TrainState, batches: Iterable[HostShapes]) -> TrainState:
@@ -216,6 +235,7 @@ class Experiment:
             self.prepare,
             seed=self.config.seed,
             accumulate=self.config.accumulate,
+            gather=self.gathered,
         )
 
     def compiled_step(self, shapes: HostShapes) -> jax.stages.Compiled:
@@ -224,6 +244,10 @@ class Experiment:
         Args:
             shapes: arrays (or shapes) of one host batch; its rows are those of this process.
         """
+        return self.lowered_step(shapes).compile()
+
+    def lowered_step(self, shapes: HostShapes) -> jax.stages.Lowered:
+        """`compiled_step` before the compiler: the same program for any kind of device."""
         state = self.abstract_state(shapes)
         where = jax.tree.map(lambda leaf: leaf.sharding, state)
         rows = sharding.batch_sharding(self.mesh)
@@ -233,7 +257,7 @@ class Experiment:
             out_shardings=(where, None),
             donate_argnums=0,
         )
-        return step_function.lower(state, self.global_batch(shapes)).compile()
+        return step_function.lower(state, self.global_batch(shapes))
 
     def global_batch(self, shapes: HostShapes) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the batch over all processes."""

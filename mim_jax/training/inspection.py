@@ -31,7 +31,7 @@ def inspection(config: ml_collections.ConfigDict) -> tuple[Table, str]:
         table.add_column(column, overflow="fold")
     table.add_column("bytes per device", justify="right")
     table.add_column("trained")
-    kinds = _kinds(experiment, state)
+    kinds = parameter_kinds(experiment, state)
     for path, leaf in flatten(state.params).items():
         table.add_row(
             path,
@@ -43,7 +43,7 @@ def inspection(config: ml_collections.ConfigDict) -> tuple[Table, str]:
     return table, _summary(experiment, state, kinds)
 
 
-def _kinds(experiment: Experiment, state: TrainState) -> dict[str, str]:
+def parameter_kinds(experiment: Experiment, state: TrainState) -> dict[str, str]:
     """For each parameter by path: "trained", "frozen", or "EMA" where it follows another."""
     trainable, fixed = map(flatten, split_trainable(experiment.method, state.params))
     frozen = {p for p in fixed if any(re.match(f, p) for f in experiment.method.frozen)}

@@ -28,7 +28,7 @@ from mim_jax.evaluation.protocols import (
     evaluate,
 )
 from mim_jax.training.bottleneck import DataDoctor
-from mim_jax.training.checkpoints import Checkpoints, read_variables
+from mim_jax.training.checkpoints import Checkpoints, SaveFailed, read_variables
 from mim_jax.training.derived import as_text, check_domains, derive
 from mim_jax.training.experiment import (
     Experiment,
@@ -45,14 +45,23 @@ from mim_jax.training.gallery import (
     picture_source,
 )
 from mim_jax.training.interruption import Interrupted, Interruption
+from mim_jax.training.restore_progress import telling_progress
+from mim_jax.training.run_folder import RunFolder
 from mim_jax.training.run_log import RunLog
 from mim_jax.training.sharding import batch_sharding
 from mim_jax.training.state import TrainState
 from mim_jax.training.stretch import first_state
 from mim_jax.training.versions import versions
+from mim_jax.training.watchdog import Watchdog
 
 STEPS_LATE = 2
 """How many steps later metrics are fetched, so that the host never waits for the newest step."""
+
+DEAD_WORKER = "Worker process was terminated"
+"""What Grain says when a process that reads data ends by itself."""
+
+MOST_DEATHS = 3
+"""How often in a row, without a batch between, such processes are started again."""
 
 Metrics = dict[str, jax.Array]
 
@@ -77,8 +86,8 @@ class Result:
 
     state: TrainState
     evaluation: dict[str, dict[str, float]]
-    picture: Path | None
-    folder: Path
+    picture: Path | str | None
+    folder: Path | str
 
 
 def train(
@@ -93,7 +102,8 @@ def train(
 
     Args:
         config: a complete config, see `mim_jax.config.load`.
-        folder: of the run: config, versions, metrics, pictures and checkpoints.
+        folder: of the run: config, versions, metrics, pictures and checkpoints; or its URL, see
+            `mim_jax.training.run_folder`.
         devices: devices to use; all by default.
         console: where to print.
         on_step: called with the number of steps taken after each step was dispatched.
@@ -104,19 +114,31 @@ def train(
             is short.
         Interrupted: after SIGTERM or SIGINT, once everything is saved.
     """
-    folder = Path(folder)
-    config, settings = derive(config, folder, devices)
-    source = training_source(config)
-    check_domains(config, source)
-    experiment = Experiment.build(config, training_rows(config, source), devices)
-    check_protocols(config.evaluate.protocols, experiment.method)
-    check_labels(config)
-    check_formats(config.export.formats, experiment.method, config)
-    config = experiment.config
     with contextlib.ExitStack() as stack:
+        place = stack.enter_context(RunFolder(folder))
+        folder = place.local
+        config, settings = derive(config, folder, devices)
+        watchdog = stack.enter_context(
+            Watchdog(
+                config.log.watchdog_seconds,
+                config.log.watchdog_exit_seconds,
+                process=jax.process_index(),
+                processes=jax.process_count(),
+            )
+        )
+        watchdog.at(f"opening {config.data.source}")
+        source = training_source(config)
+        check_domains(config, source)
+        experiment = Experiment.build(config, training_rows(config, source), devices)
+        check_protocols(config.evaluate.protocols, experiment.method)
+        check_labels(config)
+        check_formats(config.export.formats, experiment.method, config)
+        config = experiment.config
         interruption = stack.enter_context(Interruption(experiment.mesh))
-        checkpoints = Checkpoints(folder, config)
+        checkpoints = Checkpoints(place.checkpoints, config)
         stack.callback(checkpoints.close)
+        place.follow(checkpoints.steps)
+        damaged = checkpoints.drop_damaged()
         first_step = checkpoints.latest_step() or 0
         log = stack.enter_context(
             RunLog(
@@ -130,10 +152,13 @@ def train(
                 console=console,
             )
         )
+        for text in damaged:
+            log.warn(text)
         if settings:
             log.note(f"derived settings, each of which may be set:\n{as_text(settings)}")
         _write_about(folder, config, log)
-        run = _Run(experiment, source, folder, log, checkpoints, interruption, on_step)
+        place.keep(strict=True)
+        run = _Run(experiment, source, place, log, checkpoints, interruption, watchdog, on_step)
         try:
             return run.train(first_step)
         except jax.errors.JaxRuntimeError as error:
@@ -147,24 +172,28 @@ class _Run:
         self,
         experiment: Experiment,
         source: Source,
-        folder: Path,
+        place: RunFolder,
         log: RunLog,
         checkpoints: Checkpoints,
         interruption: Interruption,
+        watchdog: Watchdog,
         on_step: Callable[[int], None] | None,
     ) -> None:
         self.experiment = experiment
         self.config = experiment.config
         self.source = source
-        self.folder = folder
+        self.place = place
+        self.folder = place.local
         self.log = log
         self.checkpoints = checkpoints
         self.interruption = interruption
+        self.watchdog = watchdog
         self.on_step = on_step or (lambda step: None)
         self.pending: collections.deque[tuple[int, DeviceBatch, Metrics]] = collections.deque()
         self.meter: _Meter  # made before the first step
         self.doctor = DataDoctor(self.config)
         self.picture_path: Path | None = None
+        self.failed_saves = 0
         self.rows_read = 0
         self.rows_unreadable = 0
 
@@ -172,27 +201,55 @@ class _Run:
         """Runs all remaining steps, then evaluates."""
         total = self.experiment.total_steps
         with contextlib.closing(self._host_batches(first_step)) as host_batches:
+            self.watchdog.at(f"waiting for the batch of step {first_step + 1}")
             first_batch = next(host_batches)
             self.experiment.method.check(first_batch)
             state = self._state(first_step, first_batch)
             if first_step < total:
                 state = self._steps(state, first_step, first_batch, host_batches)
-                self.save(state, total)
-        self.checkpoints.wait()
+                self._save_last(state, total)
         self.interruption.release()  # all is saved: from here on a signal may simply end the run
-        self._pictures(state, total)
-        evaluation = self._final_evaluation(state, first_batch)
-        self._export(total)
-        return Result(state, evaluation, self.picture_path, self.folder)
+        with self.watchdog.patient("evaluating"):
+            self._pictures(state, total)
+            evaluation = self._final_evaluation(state, first_batch)
+            self._export(total)
+        picture = self.picture_path and self.place.public(self.picture_path)
+        return Result(state, evaluation, picture, self.place.name)
 
     def _host_batches(self, first_step: int) -> Generator[HostBatch, None, None]:
-        batches = training_batches(self.config, self.source, first_step, timed=True)
-        with contextlib.closing(batches):
-            for batch in batches:
-                self._count_unreadable(batch.pop("unreadable"))
-                self.doctor.made(batch.pop("seconds"))
-                del batch["index"]
-                yield batch
+        for batch in self._batches_despite_deaths(first_step):
+            self._count_unreadable(batch.pop("unreadable"))
+            self.doctor.made(batch.pop("seconds"))
+            del batch["index"]
+            yield batch
+
+    def _batches_despite_deaths(
+        self, first_step: int
+    ) -> Generator[dict[str, np.ndarray], None, None]:
+        """The batches; when a worker dies, new workers go on with the batch that is missing."""
+        step, deaths = first_step, 0
+        while True:  # a run that is finished asks for one more, to make its state by
+            batches = training_batches(self.config, self.source, step, timed=True)
+            try:
+                with contextlib.closing(batches):
+                    for batch in batches:
+                        yield batch
+                        step, deaths = step + 1, 0
+                return
+            except RuntimeError as error:
+                if DEAD_WORKER not in str(error):
+                    raise
+                deaths += 1
+                told = (
+                    f"a process that reads data died ({error}). The system may have ended it for "
+                    "lack of memory, or a library crashed on a file"
+                )
+                if deaths > MOST_DEATHS:
+                    raise TrainingStopped(
+                        f"{told}. It happened {deaths} times in a row at the batch of step "
+                        f"{step + 1}. Set fewer data.workers, or 0 to see the error of a library."
+                    ) from error
+                self.log.warn(f"{told}; new ones go on with the batch of step {step + 1}.")
 
     def _count_unreadable(self, unreadable: np.ndarray) -> None:
         self.rows_read += len(unreadable)
@@ -210,9 +267,13 @@ class _Run:
     def _state(self, first_step: int, batch: HostBatch) -> TrainState:
         """The state of the newest checkpoint, or a new one."""
         if self.checkpoints.latest_step() is not None:
-            state = self.checkpoints.restore(self.experiment.abstract_state(batch))
+            self.watchdog.at(f"restoring the checkpoint of step {first_step}")
+            folder = self.checkpoints.folder / str(first_step)
+            with telling_progress(self.log.note, first_step, folder):
+                state = self.checkpoints.restore(self.experiment.abstract_state(batch))
             self.log.note(f"resumed from step {first_step} of {self.experiment.total_steps}")
             return state
+        self.watchdog.at("making the first state")
         state, notes = first_state(self.experiment, self.source, batch)
         for note in notes:
             self.log.note(note)
@@ -228,14 +289,17 @@ class _Run:
         experiment, config, total = self.experiment, self.config, self.experiment.total_steps
         self._announce(state, first_batch)
         started = time.perf_counter()
-        step_function = experiment.compiled_step(first_batch)
+        with self.watchdog.patient("compiling the train step"):
+            step_function = experiment.compiled_step(first_batch)
         self.log.note(f"compiled the train step in {time.perf_counter() - started:.1f} s")
         batches = itertools.chain([first_batch], more_batches)
         feed = DeviceFeed(batches, batch_sharding(experiment.mesh))
         self.meter = _Meter(config, experiment.flops_per_step(first_batch), experiment.mesh.size)
         metrics: dict[str, jax.Array] = {}
         for step in range(first_step + 1, total + 1):
+            self.watchdog.at(f"waiting for the batch of step {step}")
             batch = next(feed)
+            self.watchdog.at(f"computing step {step}")
             # Waiting counts only if the devices had nothing left to do by the time data came.
             idle = not metrics or metrics["loss"].is_ready()  # type: ignore[attr-defined]
             self.meter.waited(feed, idle)
@@ -246,7 +310,7 @@ class _Run:
             self.on_step(step)
             if self.interruption.reached():
                 self._leave(state, step)
-            with self.meter.paused():
+            with self.meter.paused(), self.watchdog.patient("drawing or evaluating"):
                 if self._due(step, config.log.pictures_every_steps) and step < total:
                     self._pictures(state, step)
                 scores = self._scores(state, step) if step < total else None
@@ -273,6 +337,7 @@ class _Run:
         """Fetches the metrics of a step that is done by now, shows and logs them."""
         self.meter.wait_for(batch)
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.watchdog.finished(step)
         meter = self.meter
         meter.steps += 1
         if values["skipped_in_row"]:
@@ -309,22 +374,47 @@ class _Run:
 
     def _leave(self, state: TrainState, step: int) -> None:
         """Saves and raises, after a signal."""
-        self.save(state, step)
-        self.checkpoints.wait()
+        self._save_last(state, step)
         raise Interrupted(
-            f"{self.interruption.requested} at step {step}: everything is saved in {self.folder}; "
-            "start the same command again to go on"
+            f"{self.interruption.requested} at step {step}: everything is saved in "
+            f"{self.place.name}; start the same command again to go on"
         )
+
+    def _save_last(self, state: TrainState, step: int) -> None:
+        """Saves, and returns when it is on disk: there is no later checkpoint to make up for it."""
+        self.save(state, step)
+        self.watchdog.at("writing the last checkpoint")
+        self.checkpoints.wait()
+        newest = self.checkpoints.latest_step()
+        if newest != step:
+            raise SaveFailed(
+                f"the checkpoint of step {step} could not be written, see the last warning; the "
+                f"last one saved is step {newest}. Start the same command again to go on from it"
+            )
 
     def save(self, state: TrainState, step: int, scores: dict[str, float] | None = None) -> None:
         """Starts to write a checkpoint, once everything up to its step is in the log."""
         self._record_all()
+        self.place.keep()
         best = self.config.checkpoint.best_metric
         if best and scores is not None and best not in scores:
             raise ValueError(
                 f"checkpoint.best_metric is {best!r}, but the evaluation gives {sorted(scores)}."
             )
-        self.checkpoints.save(state, step, scores)
+        self.watchdog.at(f"saving the checkpoint of step {step}")
+        try:
+            self.checkpoints.save(state, step, scores)
+        except SaveFailed as error:
+            self.failed_saves += 1
+            limit = self.config.checkpoint.max_failed
+            if jax.process_count() > 1 or self.failed_saves >= limit:
+                raise
+            self.log.warn(
+                f"{error} Training goes on, and tries again at the next checkpoint; it stops after "
+                f"{limit} failures in a row (checkpoint.max_failed)."
+            )
+        else:
+            self.failed_saves = 0
 
     def _pictures(self, state: TrainState, step: int) -> None:
         if not self.config.log.pictures_every_steps:
@@ -371,7 +461,7 @@ class _Run:
         """Writes the weights of the last checkpoint in every format of `export.formats`."""
         if not self.config.export.formats or jax.process_index() != 0:
             return
-        variables, _ = read_variables(self.folder, step)
+        variables, _ = read_variables(self.place.checkpoints, step)
         for name in self.config.export.formats:
             output = self.folder / "export" / f"{name}{'' if name.startswith('hf-') else SUFFIX}"
             method = self.experiment.method

@@ -22,6 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 from mim_jax import config as configs
+from mim_jax import object_store
 from mim_jax.data import Source
 from mim_jax.data.configured import training_source
 from mim_jax.data.decode import UnreadableImage
@@ -29,7 +30,7 @@ from mim_jax.data.on_device import denormalize
 from mim_jax.data.records import record_of
 from mim_jax.method import Batch
 from mim_jax.training.activations import Activation, activations
-from mim_jax.training.checkpoints import Checkpoints, checkpoint_steps
+from mim_jax.training.checkpoints import Checkpoints, checkpoint_steps, local_run
 from mim_jax.training.contact_sheet import contact_sheet
 from mim_jax.training.experiment import (
     Experiment,
@@ -116,7 +117,7 @@ def replay(
     """Takes a step of a run again, and draws its batch.
 
     Args:
-        run: folder of a run, which may be in progress: nothing in it is changed.
+        run: folder of a run, or its URL, which may be in progress: nothing in it is changed.
         step: number of steps taken, as in the run's log; the first step is 1.
         output: PNG file to write; by default `batch_STEP.png` among the run's pictures.
         modules: look at every module's output, even if loss and gradient are finite.
@@ -126,6 +127,11 @@ def replay(
         FileNotFoundError: the run, its data or the weights that it began with are not there.
         ValueError: it has no such step, or its checkpoint does not fit its config.
     """
+    if object_store.object_url(run):
+        if output is None:
+            raise ValueError(f"{run} is in an object store: name the --output of the picture.")
+        with local_run(run, lambda steps: _around(steps, step)) as copy:
+            return replay(copy, step, output=output, modules=modules, console=console)
     run = Path(run)
     config, notes = _config_of_step(run, step)
     source = training_source(config)
@@ -172,6 +178,12 @@ def replay(
         ),
         notes=notes,
     )
+
+
+def _around(steps: list[int], step: int) -> list[int]:
+    """Of the steps of checkpoints, the last before a step and the first from it on."""
+    before = [saved for saved in steps if saved < step]
+    return before[-1:] + [saved for saved in steps if saved >= step][:1]
 
 
 def _config_of_step(run: Path, step: int) -> tuple[ml_collections.ConfigDict, list[str]]:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mim_jax.training.tree import map_with_path
 
@@ -78,7 +78,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def check_batch_size(batch_size: int, accumulate: int, mesh: Mesh) -> None:
+def check_batch_size(batch_size: int, accumulate: int, mesh: Mesh | AbstractMesh) -> None:
     """Raises `ValueError` if a batch cannot be cut into equal pieces."""
     pieces = mesh.shape["data"] * mesh.shape["fsdp"]
     if accumulate < 1 or batch_size % (accumulate * pieces):

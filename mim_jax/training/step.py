@@ -35,10 +35,18 @@ def step_key(seed: int, step: jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), step)
 
 
-def make_gradient(method: Method, prepare: Prepare, *, seed: int, accumulate: int = 1) -> Gradient:
+def make_gradient(
+    method: Method,
+    prepare: Prepare,
+    *,
+    seed: int,
+    accumulate: int = 1,
+    gather: Callable[[Any], Any] = lambda params: params,
+) -> Gradient:
     """The first half of a step: gradient of the method's loss over the trainable parameters.
 
     It is averaged over `accumulate` micro-batches. The metrics are `loss` and those of the method.
+    `gather` makes of the parameters, as devices hold them, what the loss computes with.
     """
 
     def micro_step(trainable: Any, fixed: Any, mutable: Any, batch: Batch, rng: jax.Array, step):
@@ -46,7 +54,7 @@ def make_gradient(method: Method, prepare: Prepare, *, seed: int, accumulate: in
         rngs = stream_keys(rng, method.streams)
 
         def loss_of(trainable: Any):
-            variables = {"params": tree.merge(trainable, fixed), **mutable}
+            variables = {"params": gather(tree.merge(trainable, fixed)), **mutable}
             return method.loss(variables, batch, rngs, step)
 
         (loss, aux), gradient = jax.value_and_grad(loss_of, has_aux=True)(trainable)
@@ -78,6 +86,7 @@ def make_train_step(
     *,
     seed: int,
     accumulate: int = 1,
+    gather: Callable[[Any], Any] = lambda params: params,
 ) -> TrainStep:
     """The function `(state, batch) -> (state, metrics)`, to be compiled by the caller.
 
@@ -88,7 +97,9 @@ def make_train_step(
     Metrics are float32 scalars: `loss`, those of the method, `grad_norm` (before clipping),
     `learning_rate` (and `learning_rate_NAME` of other groups), `skipped`, `skipped_in_row`.
     """
-    gradient_function = make_gradient(method, prepare, seed=seed, accumulate=accumulate)
+    gradient_function = make_gradient(
+        method, prepare, seed=seed, accumulate=accumulate, gather=gather
+    )
 
     def step_function(state: TrainState, batch: Batch):
         trainable, fixed = split_trainable(method, state.params)

@@ -253,3 +253,45 @@ def test_reading_logs_nothing(folder: pathlib.Path, caplog: pytest.LogCaptureFix
     with caplog.at_level(logging.DEBUG):
         values_of(open_source(str(folder)))
     assert not caplog.records
+
+
+def two_folders(root: pathlib.Path, **of_second: Any) -> str:
+    """Write shards of one name but different lengths into two folders, and a list of both."""
+    for folder, count, more in (("a", 3, {}), ("b", 5, of_second)):
+        records = [packed(10 * number + count, label=number % 2) for number in range(count)]
+        write_shard(root / folder / "train-0.array_record", records)
+        write_manifest(root / folder, {"train": [count]}, **more)
+    (root / "train.txt").write_text("a/train-0.array_record\nb/train-0.array_record\n")
+    return f"array_record:{root / 'train.txt'}"
+
+
+def test_shards_of_several_folders_are_counted_by_the_manifest_of_each(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = two_folders(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.delattr(array_record, "_opened")  # nothing is opened
+        source = open_source(name)
+    assert len(source) == 8
+    assert source.class_names == ("a", "b")
+    values = [int(source[index]["image"][0, 0, 0]) for index in range(8)]
+    assert values == [3, 13, 23, 5, 15, 25, 35, 45]
+
+
+def test_folders_with_different_classes_are_not_one_source(tmp_path: pathlib.Path) -> None:
+    name = two_folders(tmp_path, class_names=["b", "a"])
+    with pytest.raises(ValueError, match=r"/a and in .*/b have different classes.*'mix:1\*"):
+        open_source(name)
+    (tmp_path / "b" / "dataset.json").unlink()
+    with pytest.raises(ValueError, match=r"only one has such a file"):
+        open_source(name)
+
+
+def test_a_manifest_may_name_shards_of_other_folders(tmp_path: pathlib.Path) -> None:
+    write_shard(tmp_path / "elsewhere" / "x.array_record", [packed(7, label=1), packed(8, label=0)])
+    (tmp_path / "here").mkdir()
+    write_manifest(tmp_path / "here", {"train": [2]})
+    manifest = tmp_path / "here" / "dataset.json"
+    manifest.write_text(manifest.read_text().replace("train-0.", "../elsewhere/x."))
+    source = open_source(f"array_record:{tmp_path / 'here'}")
+    assert (len(source), source.num_classes, source[0]["label"]) == (2, 2, 1)

@@ -120,3 +120,34 @@ def test_shards_without_splits_are_the_split_train(tmp_path: pathlib.Path) -> No
     assert names(tmp_path, "train") == names(tmp_path, "all") == ["x.tar"]
     with pytest.raises(FileNotFoundError, match=r"has no split 'val'.*\{split\}.*'train\[90%:\]'"):
         names(tmp_path, "val")
+
+
+def test_a_list_names_shards_of_several_folders_in_its_order(tmp_path: pathlib.Path) -> None:
+    touch(tmp_path / "b", "x.tar", "y.tar")
+    touch(tmp_path, "z.tar", *(f"s-{n:05d}-of-00002.tar" for n in range(2)))
+    lines = ["# what to train on", "z.tar", "", "b/*.tar  ", "./s@2.tar", str(tmp_path / "b/x.tar")]
+    (tmp_path / "train.txt").write_text("\n".join(lines))
+    shards = ["z.tar", "x.tar", "y.tar", "s-00000-of-00002.tar", "s-00001-of-00002.tar", "x.tar"]
+    assert names(tmp_path / "train.txt") == shards
+    assert names(tmp_path / "{split}.txt") == shards
+
+
+def test_a_shard_that_a_list_names_in_vain_is_an_error_with_its_line(
+    tmp_path: pathlib.Path,
+) -> None:
+    touch(tmp_path, "a.tar", "b.tar")
+    (tmp_path / "train.txt").write_text("# two\na.tar\n\nc.tar\nb.tar\n")
+    with pytest.raises(FileNotFoundError, match=r"train\.txt, line 4: there is no .*c\.tar"):
+        names(tmp_path / "train.txt")
+    (tmp_path / "train.txt").write_text("a.tar\nx{0.tar\n{b}.tar\n")
+    with pytest.raises(FileNotFoundError, match=r"train\.txt, line 2: "):
+        names(tmp_path / "train.txt")
+    (tmp_path / "train.txt").write_text("a.tar\n{b}.tar\n")
+    with pytest.raises(ValueError, match=r"train\.txt, line 2: the braces \{b\} are not"):
+        names(tmp_path / "train.txt")
+
+
+def test_an_empty_list_is_an_error(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "train.txt").write_text("# none yet\n")
+    with pytest.raises(FileNotFoundError, match=r"train\.txt lists no tar shard; write one"):
+        names(tmp_path / "train.txt")

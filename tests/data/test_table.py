@@ -303,3 +303,11 @@ def test_a_folder_that_may_not_be_written_does_not_stop_reading(tmp_path, monkey
     monkeypatch.setattr("mim_jax.data.table.write_schema", refuse)
     assert len(opened(path)) == 12
     assert "cars.schema.json" in caplog.text and "?schema=FILE" in caplog.text
+
+
+def test_a_name_of_a_file_with_a_zero_byte_is_an_error(tmp_path):
+    frame = frame_of_cars()
+    frame.loc[3, "image"] = "pictures/\0.png"
+    frame.to_parquet(tmp_path / "cars.parquet")
+    with pytest.raises(ValueError, match="'image' has zero bytes"):
+        open_source(f"table:{tmp_path / 'cars.parquet'}")

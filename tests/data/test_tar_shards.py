@@ -335,3 +335,19 @@ def test_missing_shards_are_an_error(tmp_path: pathlib.Path) -> None:
         open_source(f"tar:{tmp_path}/x-{{000..001}}.tar")
     with pytest.raises(FileNotFoundError, match="no tar shard matches"):
         open_source(f"tar:{tmp_path}/y-*.tar")
+
+
+def test_the_index_of_many_shards_is_read_from_one_file(
+    tmp_path: pathlib.Path, index_cache: pathlib.Path
+) -> None:
+    for first in (0, 2, 4):
+        write_tar(tmp_path / f"x-{first}.tar", labelled(range(first, first + 2)))
+    assert values_of(open_source(f"tar:{tmp_path}")) == [0, 1, 2, 3, 4, 5]
+    for kept in index_cache.glob("tar-*"):
+        kept.unlink()
+    source = open_source(f"tar:{tmp_path}")
+    assert values_of(source) == [0, 1, 2, 3, 4, 5] and source[5]["label"] == 2
+    assert not list(index_cache.glob("tar-*"))
+    tar_shards._opened.cache_clear()
+    write_tar(tmp_path / "x-2.tar", labelled(range(7, 10)))
+    assert values_of(open_source(f"tar:{tmp_path}")) == [0, 1, 7, 8, 9, 4, 5]

@@ -81,7 +81,9 @@ def test_two_processes_stopped_by_a_signal_to_one_have_the_loss_curve_of_one(tmp
     output = output_of(process)
     assert process.returncode == 0, output
     assert f"resumed from step {stopped_at}" in output and "step 60/60" in output
+    assert "2 processes on 1 host, 2 devices" in output
     assert "step" not in log_of(tmp_path), "only process 0 prints"
+    assert "devices" not in log_of(tmp_path) and "checkpoint" not in log_of(tmp_path)
 
     run(one, **CHANGES)
     expected, ours = losses_of(one), losses_of(two)

@@ -115,13 +115,40 @@ def test_slurm_job_that_saved_queues_again_unless_it_was_cancelled(cluster, numb
     assert calls(cluster)[1:] == ["TERM", *["scontrol requeue 7"] * again]
 
 
-@pytest.mark.parametrize("code, again", [(75, True), (143, True), (1, False), (137, False)])
-def test_slurm_job_that_was_preempted_queues_again_and_one_that_failed_does_not(
+@pytest.mark.parametrize(
+    "code, again", [(75, True), (143, True), (70, True), (1, False), (137, False)]
+)
+def test_slurm_job_that_was_preempted_or_stuck_queues_again_and_one_that_failed_does_not(
     cluster, code, again
 ):
     (cluster / "code").write_text(str(code))
     assert submit(cluster).wait(timeout=20) == code
     assert calls(cluster)[1:] == ["scontrol requeue 7"] * again
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_bash_can_read_the_script(name):
+    checked = subprocess.run(["bash", "-n", LAUNCH / name], capture_output=True, text=True)
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
+def test_tpu_pod_sets_up_the_last_commit_and_stops_what_runs(tmp_path):
+    program(tmp_path, "gcloud", '#!/bin/bash\nprintf "%s\\n" "$*" >> calls\n')
+    program(tmp_path, "git", '#!/bin/bash\necho "git $*" >> calls\n')
+    slice_ = {"TPU": "my-slice", "ZONE": "my-zone"}
+    for verb in ("setup", "stop"):
+        command = [LAUNCH / "tpu_pod.sh", verb]
+        assert start(command, cwd=tmp_path, path=tmp_path, **slice_).wait(timeout=20) == 0
+    text = (tmp_path / "calls").read_text()
+    archive, copy, *_ = text.splitlines()
+    assert archive.startswith(f"git -C {LAUNCH}/.. archive --format=tar.gz --output=")
+    file = archive.split("--output=")[1].split()[0]
+    where = "my-slice: --zone=my-zone --worker=all"
+    assert copy == f"compute tpus tpu-vm scp {file} {where}"
+    assert "launch/start.py --extra tpu mim-jax --version" in text
+    # The pattern must not name the shell that looks for it.
+    assert text.endswith("--command=pkill -TERM -f '[m]im-jax train' || true\n")
+    assert not Path(file).exists(), "what was copied is removed here"
 
 
 def test_tpu_pod_runs_the_same_command_on_all_workers(tmp_path):
@@ -167,6 +194,39 @@ def test_jobset_restarts_after_a_save_or_an_eviction_without_counting(jobset):
     assert saved["onExitCodes"]["values"] == [75]
     assert saved["onExitCodes"]["containerName"] == container(jobset)["name"]
     assert job["template"]["spec"]["template"]["spec"]["restartPolicy"] == "Never"
+
+
+def schema_errors(manifest):
+    """What Kubernetes would refuse, unknown fields included; None if nothing."""
+    validator = pytest.importorskip(
+        "kubernetes_validate", reason="kubernetes-validate comes with the extra `test`"
+    )
+    try:
+        validator.validate(manifest, "1.31", strict=True)
+    except validator.ValidationError as error:
+        return f"{'/'.join(map(str, error.path))}: {error.message}"
+    return None
+
+
+def test_jobs_of_the_jobset_and_their_pods_are_valid_in_the_schema_of_kubernetes(jobset):
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "worker"}}
+    job |= replicated["template"]
+    assert schema_errors(job) is None
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "worker"}}
+    pod |= {"spec": job["spec"]["template"]["spec"]}
+    assert schema_errors(pod) is None
+    pod["spec"]["terminationGracePeriod"] = 120
+    assert "terminationGracePeriod" in schema_errors(pod), "a misspelt field is found"
+
+
+def test_jobset_has_only_fields_that_jobset_knows(jobset):
+    # Its schema comes with no package; these are the fields of v1alpha2 that are used here.
+    assert set(jobset) == {"apiVersion", "kind", "metadata", "spec"}
+    assert set(jobset["spec"]) == {"network", "failurePolicy", "replicatedJobs"}
+    assert set(jobset["spec"]["network"]) == {"enableDNSHostnames", "publishNotReadyAddresses"}
+    assert set(jobset["spec"]["failurePolicy"]) == {"maxRestarts", "rules"}
+    assert set(jobset["spec"]["replicatedJobs"][0]) == {"name", "replicas", "template"}
 
 
 @pytest.mark.parametrize("tpu", [True, False])

@@ -11,7 +11,7 @@ from mim_jax import config as configs
 from mim_jax.method import Ema
 from mim_jax.training.optimizer import build_optimizer, warmup_cosine
 from mim_jax.training.state import init_state, split_trainable
-from mim_jax.training.step import make_train_step, stream_keys
+from mim_jax.training.step import make_gradient, make_train_step, stream_keys
 from mim_jax.training.tree import flatten, map_with_path
 from tests.training.toy import WIDTH, Toy
 
@@ -50,6 +50,22 @@ def test_loss_falls_and_every_term_is_reported():
         np.testing.assert_allclose(metrics["loss"], metrics["match"] + metrics["critic"], rtol=1e-6)
     assert losses[-1] < 0.5 * losses[0]
     assert int(state.step) == 20
+
+
+def test_loss_computes_with_what_gather_makes_of_all_parameters():
+    method, state, _ = setup()
+
+    def doubled(params):
+        return jax.tree.map(lambda leaf: 2 * leaf, params)
+
+    def gradient_at(params, **options):
+        gradient = make_gradient(method, lambda batch, rng: batch, seed=0, **options)
+        return gradient(dataclasses.replace(state, params=params), batch_of())
+
+    found, metrics, _ = gradient_at(state.params, gather=doubled)
+    expected, expected_metrics, _ = gradient_at(doubled(state.params))
+    assert_same(metrics, expected_metrics)
+    assert_same(found, doubled(expected))  # the chain rule
 
 
 def test_frozen_parameters_stay_bit_identical_and_have_no_optimizer_state():

@@ -1,0 +1,72 @@
+"""A run that loses processes goes on with others: other numbers, devices, strategies, workers."""
+
+import os
+import re
+import signal
+import time
+
+import pytest
+
+from mim_jax.training.checkpoints import checkpoint_steps
+from mim_jax.training.interruption import EXIT_INTERRUPTED
+from tests.training.rounds import Rounds, Topology
+from tests.training.runs import TINY, losses_of, run
+
+STEPS = 60
+SETTINGS = {**TINY, "steps": STEPS, "checkpoint.every_steps": 5}
+
+SECONDS_TO_NOTICE = 110
+"""Within it a process notices that another is gone: at once if its connection broke, else when
+JAX misses the heartbeats of the other."""
+
+
+def wait_for_steps(folder, number, processes):
+    """Waits until so many more steps are logged; returns the newest."""
+    path = folder / "metrics.jsonl"
+    logged = lambda: max(losses_of(folder), default=0) if path.exists() else 0  # noqa: E731
+    before = logged()
+    while logged() < before + number:
+        assert all(process.is_alive() for process in processes), "ended too early"
+        time.sleep(0.01)
+    return logged()
+
+
+def test_run_goes_on_whoever_is_killed_and_whatever_comes_after(tmp_path):
+    folder, rounds = tmp_path / "run", Rounds(tmp_path, SETTINGS)
+
+    processes = rounds.start(folder, Topology(processes=2, devices=2, strategy="fsdp"))
+    wait_for_steps(folder, 12, processes)
+    processes[1].kill()
+    killed = time.monotonic()
+    assert rounds.ended(processes)[1] == -signal.SIGKILL
+    assert time.monotonic() - killed < SECONDS_TO_NOTICE
+    assert processes[0].exitcode == 1
+    assert "Another process of this run has probably ended" in log_of(tmp_path, 0)
+    saved = checkpoint_steps(folder)[-1]
+    assert saved >= 5
+
+    processes = rounds.start(folder, Topology(devices=4), **{"data.workers": 1})
+    wait_for_steps(folder, 3, processes)
+    os.kill(processes[0].pid, signal.SIGTERM)
+    assert rounds.ended(processes) == [EXIT_INTERRUPTED]
+    log = log_of(tmp_path, 0)
+    assert f"resumed from step {saved} of" in log
+    (stopped,) = map(int, re.findall(r"at step (\d+): everything is saved", log))
+    assert stopped == checkpoint_steps(folder)[-1]
+
+    processes = rounds.start(folder, Topology(processes=2), **{"data.workers": 2})
+    wait_for_steps(folder, 3, processes)
+    for process in processes:
+        os.kill(process.pid, signal.SIGTERM)
+    assert rounds.ended(processes) == [EXIT_INTERRUPTED] * 2
+
+    rounds.finish(folder, Topology(devices=2, strategy="fsdp"))
+    run(tmp_path / "whole", **{"steps": STEPS, "checkpoint.every_steps": 1000})
+    ours, expected = losses_of(folder), losses_of(tmp_path / "whole")
+    assert list(ours) == list(expected) == list(range(1, STEPS + 1))
+    for step, loss in expected.items():
+        assert ours[step] == pytest.approx(loss, rel=1e-4), step
+
+
+def log_of(folder, process):
+    return (folder / f"process_{process}.log").read_text()
