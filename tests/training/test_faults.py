@@ -5,10 +5,14 @@ import re
 import signal
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from mim_jax.training.checkpoints import checkpoint_steps
+from mim_jax.training.checkpoints import checkpoint_steps, read_variables
 from mim_jax.training.interruption import EXIT_INTERRUPTED
+from mim_jax.training.loop import TrainingStopped
+from mim_jax.training.tree import flatten
 from tests.training.rounds import Rounds, Topology
 from tests.training.runs import TINY, losses_of, run
 
@@ -66,6 +70,46 @@ def test_run_goes_on_whoever_is_killed_and_whatever_comes_after(tmp_path):
     assert list(ours) == list(expected) == list(range(1, STEPS + 1))
     for step, loss in expected.items():
         assert ours[step] == pytest.approx(loss, rel=1e-4), step
+
+
+def test_files_that_vanish_or_lose_their_end_while_a_run_reads_them_are_replaced_and_told(
+    tmp_path, caplog
+):
+    images = tmp_path / "images"
+    images.mkdir()
+    for number, image in enumerate(np.random.default_rng(0).integers(0, 256, (64, 28, 28))):
+        Image.fromarray(image.astype(np.uint8)).save(images / f"{number:02}.png")
+    files = sorted(images.iterdir())
+
+    def harm(step):
+        if step == 2:
+            files[0].unlink()
+            files[1].write_bytes(files[1].read_bytes()[:100])
+
+    changes = {"data.source": f"folder:{images}", "data.split": "train", "batch_size": 8}
+    changes |= {"steps": 32, "data.max_unreadable": 0.5, "checkpoint.every_steps": 100}
+    run(tmp_path / "run", on_step=harm, **changes)
+    assert f"{files[0]}: No such file" in caplog.text
+    assert f"{files[1]}: image file is truncated" in caplog.text
+    assert max(losses_of(tmp_path / "run")) == 32
+    with pytest.raises(TrainingStopped, match=r"could not be read.*max_unreadable"):
+        run(tmp_path / "strict", **{**changes, "data.max_unreadable": 0.0})
+
+
+def test_a_clock_that_jumps_costs_a_checkpoint_at_most(tmp_path, monkeypatch):
+    """Orbax measures its time limits by the clock: a save may seem to last for years."""
+    run(tmp_path / "whole")
+    clock, jump = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: clock() + jump[0])
+
+    def set_clock(step):
+        jump[0] = {2: -1e6, 4: 1e8}.get(step, jump[0])
+
+    run(tmp_path / "jumping", on_step=set_clock)
+    assert losses_of(tmp_path / "jumping") == losses_of(tmp_path / "whole")
+    expected = flatten(read_variables(tmp_path / "whole", 6)[0])
+    for path, value in flatten(read_variables(tmp_path / "jumping", 6)[0]).items():
+        np.testing.assert_array_equal(value, expected[path], path)
 
 
 def log_of(folder, process):
