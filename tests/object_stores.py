@@ -90,4 +90,6 @@ def s3():
         s3fs.S3FileSystem.clear_instance_cache()
         s3fs.S3FileSystem().mkdir("bucket")
         yield "s3://bucket"
+        # Another server in this process would know it still.
+        s3fs.S3FileSystem().rm("bucket", recursive=True)
     server.stop()
