@@ -45,13 +45,14 @@ def cluster(tmp_path):
     return tmp_path
 
 
-def submit(cluster, *flags):
+def submit(cluster, *flags, environment=".venv"):
     return start(
         ["bash", LAUNCH / "slurm.sbatch", *flags],
         cwd=cluster,
         path=cluster,
         SLURM_JOB_ID="7",
         SLURM_CPUS_PER_TASK="3",
+        MIM_JAX_VENV=environment,
     )
 
 
@@ -96,6 +97,13 @@ def test_slurm_starts_one_task_for_each_gpu(cluster):
     )
     assert directives["ntasks-per-node"] == directives["gpus-per-node"]
     assert not {"gpus-per-task", "gpu-bind"} & set(directives)
+
+
+def test_slurm_job_uses_the_environment_that_the_launcher_made(cluster):
+    (cluster / "code").write_text("0")
+    assert submit(cluster, environment="/shared/environment").wait(timeout=20) == 0
+    (call,) = calls(cluster)
+    assert call.endswith(" /shared/environment/bin/mim-jax train --distributed")
 
 
 @pytest.mark.parametrize(
