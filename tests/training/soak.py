@@ -66,6 +66,7 @@ class Soak:
             "log.every_steps": 1,
             "checkpoint.every_steps": 5,
             "checkpoint.keep": 3,
+            "log.watchdog_seconds": 60.0,  # what hangs shows itself in process_*.log
         }
         self.folder, self.steps = folder, steps
         self.rounds = Rounds(folder, {**TINY, **settings})
