@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from mim_jax.training.interruption import EXIT_INTERRUPTED
+
 SECONDS_TO_END = 120
 """Within it all processes must be gone after a fault, or they are taken to hang."""
 
@@ -109,8 +111,20 @@ class Rounds:
                     f"ended with {process.exitcode}; see {self.folder}/process_*.log"
                 )
 
-    def ended(self, processes: Sequence[BaseProcess]) -> list[int]:
-        """Waits until all are gone, as a launcher would see to it, and returns their codes."""
+    def ended(self, processes: Sequence[BaseProcess], patience: float | None = None) -> list[int]:
+        """Waits until all are gone, and returns their codes.
+
+        Args:
+            processes: of a round.
+            patience: seconds after which those that are left when others were killed are killed
+                as well, as a launcher does it; by default they have to end by themselves.
+        """
+        if patience is not None:
+            for process in processes:
+                process.join(patience)
+            if any(process.exitcode not in (0, None, EXIT_INTERRUPTED) for process in processes):
+                for process in processes:
+                    process.kill()
         deadline = time.monotonic() + SECONDS_TO_END
         for process in processes:
             process.join(max(0.1, deadline - time.monotonic()))

@@ -33,12 +33,20 @@ import numpy as np
 from mim_jax import config as configs
 from mim_jax.training.checkpoints import FOLDER, checkpoint_steps, read_variables
 from mim_jax.training.interruption import EXIT_INTERRUPTED
+from mim_jax.training.processes import EXIT_FAILED
 from mim_jax.training.tree import flatten
 from tests.training.rounds import Rounds, Topology
 from tests.training.runs import TINY, losses_of
 
 FAULTS = ("kill", "terminate", "kill while saving", "flip", "cut", "delete")
 DAMAGES = ("flip", "cut", "delete")
+
+LAUNCHERS_PATIENCE = 5.0
+"""Seconds after which the processes that one has left alone are ended; JAX itself takes 100."""
+
+AFTER_SIGTERM = {0, EXIT_INTERRUPTED, -signal.SIGTERM, EXIT_FAILED, -signal.SIGKILL}
+"""Before the first step, or after the last, SIGTERM ends a process as usual; the others fail, or
+are ended."""
 
 LOSS_TOLERANCE = 1e-3
 """Relative, of losses where the topology changed."""
@@ -87,9 +95,8 @@ class Soak:
             return
         victim = self.chance.choice(processes)
         os.kill(victim.pid, signal.SIGTERM if fault == "terminate" else signal.SIGKILL)
-        codes = self.rounds.ended(processes)
-        # Before the first step, or after the last, SIGTERM ends a process as usual.
-        if fault == "terminate" and not set(codes) <= {0, EXIT_INTERRUPTED, -signal.SIGTERM, 1}:
+        codes = self.rounds.ended(processes, LAUNCHERS_PATIENCE)
+        if fault == "terminate" and not set(codes) <= AFTER_SIGTERM:
             raise AssertionError(f"ended with {codes} after SIGTERM")
         if fault in DAMAGES and not self._damage(fault):
             fault = "kill"
