@@ -1,6 +1,6 @@
 """What checkpoints cost a run, and how long a run takes to start and to resume.
 
-    python -m benchmarks.survival                             # about ten minutes on two cores
+    python -m benchmarks.survival                             # about four minutes on two cores
 
 **Overhead.** One run saves a checkpoint every 2 x N steps (N = `--every`). The N steps that begin
 with a save, with all that its threads do behind them, are compared with the N steps that follow:
@@ -131,10 +131,10 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--windows", type=int, default=8, help="of each kind")
+    parser.add_argument("--windows", type=int, default=4, help="of each kind")
     parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--starts", type=int, default=3, help="of each kind")
+    parser.add_argument("--batch-size", type=int, default=192)
+    parser.add_argument("--starts", type=int, default=1, help="of each kind")
     parser.add_argument("--output", type=Path, default=measure.RESULTS / "survival.json")
     options = parser.parse_args(arguments)
     report = measure.Report("survival", arguments)
