@@ -3,9 +3,9 @@
     python -m benchmarks.survival                             # about four minutes on two cores
 
 **Overhead.** One run saves a checkpoint every 2 x N steps (N = `--every`). The N steps that begin
-with a save, with all that its threads do behind them, are compared with the N steps that follow:
-the ratio is what a checkpoint every N steps costs. Both kinds take turns in one run, so that what
-else the machine does slows both alike.
+with a save, with all that its threads do behind them, are compared with the N steps that follow.
+Both kinds take turns in one run, so that what else the machine does slows both alike. The median of
+the differences is what a checkpoint costs.
 
 **Start.** Seconds from the start of the processes to the first line of the log that tells a step,
 of a new run and of one that resumes, in one process and in two.
@@ -64,7 +64,8 @@ def overhead(folder: Path, windows: int, every: int, batch_size: int) -> dict[st
     marks = ends[every - 1 :: every]
     seconds = [after - before for before, after in itertools.pairwise(marks)]
     plain, saving = seconds[2::2], seconds[1::2]  # the first two are for warming up
-    pairs = [a / b for a, b in zip(saving[1:], plain)]
+    pairs = list(zip(saving[1:], plain))
+    extra = [a - b for a, b in pairs]
     size = sum(
         file.stat().st_size
         for file in (folder / "checkpoints" / str(result.state.step)).rglob("*")
@@ -75,8 +76,8 @@ def overhead(folder: Path, windows: int, every: int, batch_size: int) -> dict[st
         "checkpoint_mb": round(size / 1e6, 1),
         "step_seconds_without": measure.summary([s / every for s in plain]),
         "step_seconds_with": measure.summary([s / every for s in saving]),
-        "with_over_without": measure.summary(pairs),
-        "of_all_steps": round(sum(saving[1:]) / sum(plain[: len(saving) - 1]), 4),
+        "with_over_without": measure.summary([a / b for a, b in pairs]),
+        "seconds_of_a_checkpoint": measure.summary(extra),
     }
 
 
@@ -131,9 +132,9 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--windows", type=int, default=4, help="of each kind")
-    parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
-    parser.add_argument("--batch-size", type=int, default=192)
+    parser.add_argument("--windows", type=int, default=10, help="of each kind")
+    parser.add_argument("--every", type=int, default=25, help="steps of a window")
+    parser.add_argument("--batch-size", type=int, default=384)
     parser.add_argument("--starts", type=int, default=1, help="of each kind")
     parser.add_argument("--output", type=Path, default=measure.RESULTS / "survival.json")
     options = parser.parse_args(arguments)
@@ -157,10 +158,11 @@ def main(arguments: Sequence[str]) -> None:
     report.write(options.output, figures)
     for name, seconds in starts.items():
         print(f"{name}: {statistics.median(seconds):.1f} s to the first step")
-    ratio = cost["with_over_without"]
+    seconds, step = cost["seconds_of_a_checkpoint"], cost["step_seconds_without"]["median"]
     print(
-        f"a checkpoint of {cost['checkpoint_mb']} MB every {cost['every']} steps: "
-        f"{100 * (ratio['median'] - 1):+.1f} % of step time (median of {ratio['count']} pairs)"
+        f"a checkpoint of {cost['checkpoint_mb']} MB costs {seconds['median']:.2f} s (median of "
+        f"{seconds['count']} pairs): every 100 steps of {step:.2f} s, "
+        f"{seconds['median'] / step:.1f} %"
     )
 
 
