@@ -1,15 +1,18 @@
 """Eight simulated devices, exact matrix products and quick compilation for all tests.
 
 Models are so small here that compiling them takes longer than running them, so the compiler does
-not optimize, fuses by its older and three times quicker emitters, and keeps programs for other
-tests and other processes.
+not optimize, fuses by its older and three times quicker emitters where it has them, and keeps
+programs for other tests and other processes.
 """
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = (
+    # Later ones have no choice of emitters, and end a process that asks for it.
     "--xla_cpu_use_fusion_emitters=false "
+    * (tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11))
     + os.environ.get("XLA_FLAGS", "")  # the last of two counts, so a user may choose
     + " --xla_force_host_platform_device_count=8"
 )

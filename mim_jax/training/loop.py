@@ -57,6 +57,11 @@ from mim_jax.training.watchdog import Watchdog
 STEPS_LATE = 2
 """How many steps later metrics are fetched, so that the host never waits for the newest step."""
 
+LAST_TRIES = 3
+"""How often it is tried to write the last checkpoint of a run."""
+
+SECONDS_BETWEEN_TRIES = 1.0
+
 DEAD_WORKER = "Worker process was terminated"
 """What Grain says when a process that reads data ends by itself."""
 
@@ -381,16 +386,32 @@ class _Run:
         )
 
     def _save_last(self, state: TrainState, step: int) -> None:
-        """Saves, and returns when it is on disk: there is no later checkpoint to make up for it."""
-        self.save(state, step)
+        """Saves, and returns when it is on disk.
+
+        There is no later checkpoint to make up for it, so one that fails is tried again.
+
+        Raises:
+            SaveFailed: if it fails each time.
+        """
         self.watchdog.at("writing the last checkpoint")
-        self.checkpoints.wait()
-        newest = self.checkpoints.latest_step()
-        if newest != step:
-            raise SaveFailed(
-                f"the checkpoint of step {step} could not be written, see the last warning; the "
-                f"last one saved is step {newest}. Start the same command again to go on from it"
-            )
+        for attempt in range(LAST_TRIES):
+            if attempt:
+                time.sleep(SECONDS_BETWEEN_TRIES)  # what is left of the failed one may still end
+            failure = None
+            try:
+                self.save(state, step)
+                self.checkpoints.wait()
+            except SaveFailed as error:
+                if jax.process_count() > 1:
+                    raise
+                failure = error
+            newest = self.checkpoints.latest_step()
+            if newest == step:
+                return
+        raise failure or SaveFailed(
+            f"the checkpoint of step {step} could not be written, see the last warning; the last "
+            f"one saved is step {newest}. Start the same command again to go on from it"
+        )
 
     def save(self, state: TrainState, step: int, scores: dict[str, float] | None = None) -> None:
         """Starts to write a checkpoint, once everything up to its step is in the log."""

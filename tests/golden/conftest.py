@@ -1,7 +1,8 @@
 """Programs that are compared with reference numbers are compiled with optimizations.
 
-They still fuse by the emitters of the other tests, since a process has one choice; by those that
-users have with `XLA_FLAGS=--xla_cpu_use_fusion_emitters=true python -m pytest tests/golden`.
+They still fuse by the emitters of the other tests, since a process has one choice; before jaxlib
+0.11 they fuse as users' programs do with `XLA_FLAGS=--xla_cpu_use_fusion_emitters=true python -m
+pytest tests/golden`.
 """
 
 import jax
